@@ -1,0 +1,208 @@
+"""Configuration as data: frozen dataclasses, and the paper's table rows as named values.
+
+Standard library only, so that compiling the pipeline never imports torch.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+from ffn.errors import FFNError
+
+STREAMS: dict[str, str] = {"j": "joint", "b": "bone", "jm": "joint motion", "bm": "bone motion"}
+"""Stream name -> what it is, in the order of the paper's fusion."""
+
+FUSIONS: dict[str, dict[str, float]] = {
+    "2s": {"j": 1.0, "b": 1.0},
+    "4s": {"j": 1.0, "b": 1.0, "jm": 0.5, "bm": 0.5},
+}
+"""Fusion name -> stream weights. Source: section 4 of the paper (1:1 and 1:1:0.5:0.5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network: which module stands in each place of the ten basic blocks."""
+
+    spatial: Literal["gcn", "esf"] = "gcn"
+    """`gcn`: ST-GCN's graph convolution; `esf`: ESF-GCN (section 2.1)."""
+    temporal: Literal["tcn", "msf"] = "tcn"
+    """`tcn`: one 9x1 convolution; `msf`: MSF-TCN (section 2.2)."""
+    attention: Literal["none", "mscam", "aff"] = "none"
+    """What follows MSF-TCN (section 2.3)."""
+    alpha: float = 0.2
+    """Weight of the original features that the spatial shift subtracts (Eq. 2)."""
+    reduction: int = 1
+    """Channel compression r of MS-CAM."""
+    width: int = 64
+    """Channels of the first stage; doubled where the stride is 2."""
+    depths: tuple[int, ...] = (4, 3, 3)
+    """Blocks per stage."""
+    dropout: float = 0.0
+    """Dropout before the classifier."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """How a recording becomes a clip."""
+
+    frames: int = 100
+    """Frames of a clip, T."""
+    persons: int = 2
+    """Persons of a clip, M; missing ones are zeros."""
+    test_clips: int = 10
+    """Clips per recording at test; their probabilities are averaged."""
+    rotate: float = 0.0
+    """Training: largest random rotation about each axis (3D) or in the image plane (2D), radians."""
+    scale: float = 0.0
+    """Training: each axis is scaled by a factor drawn from [1 - scale, 1 + scale]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The training loss (section 2.4)."""
+
+    name: Literal["cross_entropy", "focal", "poly", "two_stage"] = "cross_entropy"
+    gamma: float = 2.0
+    """Exponent of the focal part, Eq. (6)."""
+    gamma_hc: float = 2.0
+    """Exponent of the high-confidence part, Eq. (7)."""
+    cycle_factor: float = 4.0
+    """f_c of Eq. (8)."""
+    epsilon: float = 1.0
+    """Weight of poly-1's first-order term."""
+    smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The recipe (section 3.1)."""
+
+    epochs: int = 80
+    batch_size: int = 54
+    lr: float = 0.048
+    """Learning rate at the start of the cosine."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup_epochs: int = 0
+    """Epochs over which the learning rate rises linearly before the cosine."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All that decides the weights, besides the data, the protocol and the stream."""
+
+    preset: str
+    """The row of the paper this started from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def _row(base: Config, preset: str, **changes: Any) -> Config:
+    """`base` under another name, the model changed as said."""
+    return replace(base, preset=preset, model=replace(base.model, **changes))
+
+
+S0 = Config(preset="S0")  # Table 1, row S0: ST-GCN
+S1 = _row(S0, "S1", spatial="esf")  # Table 1, row S1
+S0_2 = _row(S0, "S0-2", temporal="msf")  # Table 2, row S0-2
+S2 = _row(S0, "S2", spatial="esf", temporal="msf")  # Table 2, row S2
+S3_AFF1 = _row(S2, "S3-aff1", attention="aff")  # Table 3, row S3(AFF-1)
+S4 = replace(  # Table 7, row S4: FFN
+    S3_AFF1,
+    preset="S4",
+    loss=LossConfig(name="two_stage"),
+    training=replace(S0.training, epochs=110),
+)
+
+PRESETS: dict[str, Config] = {config.preset: config for config in (S0, S0_2, S1, S2, S3_AFF1, S4)}
+"""Name -> configuration."""
+
+
+def preset(name: str) -> Config:
+    """The preset called `name`; `FFNError` with the near misses where there is none."""
+    if name not in PRESETS:
+        raise FFNError(f"unknown preset {name!r}: {_suggest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def override(config: Config, settings: Iterable[str]) -> Config:
+    """`config` with `section.field=value` settings applied, each checked against the field's type.
+
+    Raises `FFNError` for an unknown key (with the near misses) or a value of the wrong type.
+    """
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        section_name, _, field_name = key.partition(".")
+        known = [
+            f"{section.name}.{item.name}"
+            for section in dataclasses.fields(Config)
+            if section.name != "preset"
+            for item in dataclasses.fields(getattr(config, section.name))
+        ]
+        if not equals:
+            raise FFNError(f"setting {setting!r}: expected section.field=value, for example training.lr=0.05")
+        if key not in known:
+            raise FFNError(f"setting {setting!r}: unknown key {key!r}: {_suggest(key, known)}")
+        section = getattr(config, section_name)
+        value = _parse(key, text.strip(), get_type_hints(type(section))[field_name])
+        config = replace(config, **{section_name: replace(section, **{field_name: value})})
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """`config` as plain JSON types."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def from_dict(plain: Mapping[str, Any]) -> Config:
+    """The inverse of `to_dict`; an unknown key raises `FFNError`, so no setting is ever dropped in silence."""
+    try:
+        sections = {
+            "model": ModelConfig(**{**plain["model"], "depths": tuple(plain["model"]["depths"])}),
+            "clip": ClipConfig(**plain["clip"]),
+            "loss": LossConfig(**plain["loss"]),
+            "training": TrainingConfig(**plain["training"]),
+        }
+    except (KeyError, TypeError) as error:
+        raise FFNError(f"configuration does not fit this version of ffn: {error}") from error
+    return Config(preset=plain["preset"], **sections)
+
+
+def digest(*parts: Any) -> str:
+    """Sixteen hex digits that name `parts` (JSON types): equal parts, equal digest."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}"
+
+
+def _parse(key: str, text: str, kind: Any) -> Any:
+    choices = get_args(kind)
+    if kind == tuple[int, ...]:
+        try:
+            return tuple(int(part) for part in text.strip("()[] ").split(",") if part.strip())
+        except ValueError:
+            raise FFNError(f"setting {key}={text!r}: expected whole numbers with commas between, like 4,3,3") from None
+    if choices:
+        if text not in choices:
+            raise FFNError(f"setting {key}={text!r}: {_suggest(text, choices)}")
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}[kind]
+        raise FFNError(f"setting {key}={text!r}: expected {wanted}") from None
