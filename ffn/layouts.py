@@ -41,7 +41,13 @@ class Layout:
         except (KeyError, TypeError, ValueError) as error:
             raise FFNError(f"not a layout ({error}); expected name, joints, parents, center") from None
         count = len(made.joints)
-        indices = [*made.parents, made.center, *(v for link in made.links for v in link), *(made.spine or ()), *(made.shoulders or ())]
+        indices = [
+            *made.parents,
+            made.center,
+            *(v for link in made.links for v in link),
+            *(made.spine or ()),
+            *(made.shoulders or ()),
+        ]
         if len(made.parents) != count or not all(isinstance(v, int) and 0 <= v < count for v in indices):
             raise FFNError(f"layout {made.name}: {count} joints need {count} parents, every joint number 0 to {count - 1}")
         return made

@@ -1,0 +1,154 @@
+"""Batches of clips straight from the ragged keypoint buffer: sampling, normalisation, stream and padding as tensor code."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ffn import streams
+from ffn.config import ClipConfig
+from ffn.data.store import SkeletonSet, Space
+from ffn.layouts import Layout
+
+TEST_SEED = 255
+"""MMAction2's seed of the test clips; here it draws one table for all samples, so a clip does not depend on its batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Clips of one stream, from data that lives on one device.
+
+    `keypoints` (R, V, 3) float16 or float32; sample i's person m, frame t is row `starts[i] + m * frames[i] + t`.
+    Output clips are (N, M, T, V, 3) float32.
+    """
+
+    keypoints: Tensor
+    starts: Tensor
+    frames: Tensor
+    persons: Tensor
+    image_sizes: Tensor
+    layout: Layout
+    space: Space
+    stream: str
+    clip: ClipConfig
+
+    @classmethod
+    def of(cls, data: SkeletonSet, stream: str, clip: ClipConfig, device: torch.device | str = "cpu") -> Self:
+        """The whole of `data` on `device`; on the CPU the memory map itself, nothing copied."""
+        columns = (data.keypoints, data.starts, data.frames, data.persons, data.image_sizes)
+        keypoints, starts, frames, persons, sizes = (torch.from_numpy(np.ascontiguousarray(c)).to(device) for c in columns)
+        return cls(
+            keypoints=keypoints, starts=starts, frames=frames, persons=persons, image_sizes=sizes,
+            layout=data.layout, space=data.space, stream=stream, clip=clip,
+        )  # fmt: skip
+
+    @classmethod
+    def of_arrays(
+        cls,
+        clips: Sequence[NDArray[np.floating]],  # type: ignore[type-arg]
+        *,
+        layout: Layout,
+        space: Space,
+        stream: str,
+        clip: ClipConfig,
+        image_size: tuple[int, int] = (0, 0),
+    ) -> Self:
+        """A sampler over recordings in memory, each (M, T, V, 3)."""
+        frames = torch.tensor([c.shape[1] for c in clips])
+        persons = torch.tensor([c.shape[0] for c in clips])
+        rows = frames * persons
+        keypoints = np.concatenate([c.reshape(-1, *c.shape[2:]) for c in clips]).astype(np.float32, copy=False)
+        return cls(
+            keypoints=torch.from_numpy(keypoints), starts=rows.cumsum(0) - rows, frames=frames, persons=persons,
+            image_sizes=torch.tensor(image_size).expand(len(clips), 2),
+            layout=layout, space=space, stream=stream, clip=clip,
+        )  # fmt: skip
+
+    def train_batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Clips of the samples `index` (N,), frames drawn at random and augmented, from `generator` (of the CPU) alone."""
+        count, length = len(index), self.clip.frames
+        draws = torch.rand(count, 2 * length + 8, generator=generator).to(self.keypoints.device)
+        start = (draws[:, 0] * self.frames[index]).long()
+        x = self._clips(index, frame_numbers(self.frames[index], start, draws[:, 7 : 2 * length + 8]))
+        if self.clip.rotate or self.clip.scale:
+            change = augmentation(draws[:, 1:7], space=self.space, rotate=self.clip.rotate, scale=self.clip.scale)
+            x = torch.bmm(x.flatten(1, -2), change.transpose(1, 2)).view(x.shape)
+        return x
+
+    def test_batch(self, index: Tensor, number: int) -> Tensor:
+        """Test clip `number` of the samples `index` (N,); the same for a sample in whatever batch it comes."""
+        length, frames = self.clip.frames, self.frames[index]
+        table = torch.rand(self.clip.test_clips, 2 * length + 1, generator=torch.Generator().manual_seed(TEST_SEED))
+        draws = table[number].to(self.keypoints.device).expand(len(index), -1)
+        start = number * frames // self.clip.test_clips
+        return self._clips(index, frame_numbers(frames, start, draws))
+
+    def _clips(self, index: Tensor, number: Tensor) -> Tensor:
+        """Frames `number` (N, T) of the samples `index` (N,) as normalised clips of the stream, (N, M, T, V, 3)."""
+        persons = torch.arange(self.clip.persons, device=index.device)
+        present = persons < self.persons[index, None]  # (N, M)
+        first = self.starts[index, None] + torch.where(present, persons, 0) * self.frames[index, None]  # (N, M)
+        rows = first[:, :, None] + number[:, None, :]  # (N, M, T)
+        last = (number == self.frames[index, None] - 1)[:, None, :].expand_as(rows)
+        x = self._frames(index, rows)
+        if "b" in self.stream:
+            x = streams.bone(x, self.layout, self.space)
+        if "m" in self.stream:
+            following = self._frames(index, torch.where(last, rows, rows + 1))
+            if "b" in self.stream:
+                following = streams.bone(following, self.layout, self.space)
+            x = streams.motion(x, following, last, self.space)
+        return x * present[:, :, None, None, None]
+
+    def _frames(self, index: Tensor, rows: Tensor) -> Tensor:
+        x = self.keypoints[rows].float()
+        if self.space == "2d":
+            return streams.normalize_2d(x, self.image_sizes[index])
+        main = self.keypoints[self.starts[index]].float()
+        return streams.normalize_3d(x, *streams.alignment(main, self.layout))
+
+
+def frame_numbers(frames: Tensor, start: Tensor, draws: Tensor) -> Tensor:
+    """Which frames make a clip of L: (N,) lengths, (N,) starts and (N, 2 L + 1) uniform draws -> (N, L) frame numbers.
+
+    Fewer than L frames: L in a row from `start`, going round. L to 2 L - 1: in order, skipping frames at slots drawn
+    without repetition. 2 L and more: one at random from each of L equal bins.
+    Source: MMAction2 v1.2.0, `UniformSampleFrames`, the draws being ours to give.
+    """
+    length = (draws.shape[1] - 1) // 2
+    steps = torch.arange(length, device=frames.device)
+    frames, start = frames[:, None], start[:, None]
+    around = (start + steps) % frames
+    keys = draws[:, : length + 1]
+    spare = (frames - length).clamp(0, length)
+    threshold = keys.sort(1).values.gather(1, spare)
+    skipping = steps + ((keys < threshold) & (spare > 0)).cumsum(1)[:, :-1]
+    low = steps * frames // length
+    size = (steps + 1) * frames // length - low
+    binned = low + (draws[:, length + 1 :] * size).long()
+    return torch.where(frames < length, around, torch.where(frames < 2 * length, skipping, binned))
+
+
+def augmentation(draws: Tensor, *, space: Space, rotate: float, scale: float) -> Tensor:
+    """Random linear changes (N, 3, 3) from uniform draws (N, 6): angles within ±`rotate` radians, axis scales within 1 ± `scale`.
+
+    3D: rotations about x, y and z, three scales. 2D: one rotation in the image plane, two scales, the score untouched.
+    All four streams are linear in the coordinates, so the change may follow the stream.
+    """
+    angles = (2 * draws[:, :3] - 1) * rotate
+    scales = 1 + (2 * draws[:, 3:6] - 1) * scale
+    if space == "2d":
+        angles = angles * torch.tensor([0.0, 0.0, 1.0], device=draws.device)
+        scales = torch.cat([scales[:, :2], torch.ones_like(scales[:, :1])], 1)
+    turn = torch.diag_embed(scales)
+    for axis in range(3):
+        cosine, sine = angles[:, axis].cos(), angles[:, axis].sin()
+        a, b = (axis + 1) % 3, (axis + 2) % 3
+        one = torch.eye(3, device=draws.device).repeat(len(draws), 1, 1)
+        one[:, a, a], one[:, a, b], one[:, b, a], one[:, b, b] = cosine, -sine, sine, cosine
+        turn = one @ turn
+    return turn

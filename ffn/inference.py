@@ -1,0 +1,102 @@
+"""Inference: raw keypoints of a recording in, class probabilities out, preprocessing inside."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ffn import checkpoint
+from ffn.checkpoint import Checkpoint, publishing_folder, read_meta
+from ffn.data.persons import canonical_persons
+from ffn.data.sampler import Sampler
+from ffn.errors import FFNError
+from ffn.evaluation import predict
+from ffn.model.network import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedModel:
+    """The streams of one protocol and their weights; a single stream is a fusion of one."""
+
+    streams: Mapping[str, tuple[Checkpoint, Network]]
+    weights: Mapping[str, float]
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Load what `write_fused` wrote, on the CPU. Raises `FFNError` where it is not a fused model."""
+        folder = Path(folder)
+        try:
+            weights = json.loads((folder / "fusion.json").read_text())
+        except (OSError, ValueError) as error:
+            raise FFNError(f"{folder}: not a fused model ({error}); expected fusion.json and a checkpoint per stream") from None
+        return cls(streams={stream: checkpoint.load(folder / stream) for stream in weights}, weights=weights)
+
+    @property
+    def meta(self) -> Checkpoint:
+        """The description the streams share: classes, layout, space, protocol, data."""
+        return next(iter(self.streams.values()))[0]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.meta.classes
+
+    def predict(self, clips: Sequence[NDArray[np.floating[Any]]], image_size: tuple[int, int] | None = None) -> NDArray[np.float32]:
+        """(N, K) probabilities of N recordings, each (M, T, V, 3): metres in 3D, or pixels and a score in 2D.
+
+        `image_size` (width, height) of 2D recordings; the training recordings' size where it is not given.
+        Raises `FFNError` where a recording has another shape, no frame with a person, or numbers that are not finite.
+        """
+        ready = [self._prepared(number, clip) for number, clip in enumerate(clips)]
+        rows = np.arange(len(ready))
+        total = np.zeros((len(ready), len(self.classes)))
+        for stream, weight in self.weights.items():
+            made, network = self.streams[stream]
+            sampler = Sampler.of_arrays(
+                ready, layout=made.layout, space=made.space, stream=stream, clip=made.config.clip,
+                image_size=image_size or made.image_size,
+            )  # fmt: skip
+            total += weight * predict(network, sampler, rows)
+        return (total / sum(self.weights.values())).astype(np.float32)
+
+    def _prepared(self, number: int, clip: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """The recording as the store would hold it."""
+        joints = len(self.meta.layout.joints)
+        clip = np.asarray(clip, np.float32)
+        if clip.ndim != 4 or clip.shape[2:] != (joints, 3) or not clip.shape[0] or not clip.shape[1]:
+            raise FFNError(f"recording {number}: keypoints {clip.shape}, expected (persons, frames, {joints}, 3)")
+        if not np.isfinite(clip).all():
+            raise FFNError(f"recording {number}: keypoints that are not finite numbers")
+        clip = clip[:2].astype(np.float16)
+        if self.meta.space == "3d":
+            clip = canonical_persons(clip)
+            if not clip.shape[1]:
+                raise FFNError(f"recording {number}: no frame shows a person")
+        return clip.astype(np.float32)
+
+
+def write_fused(folder: Path | str, checkpoints: Mapping[str, Path], weights: Mapping[str, float]) -> Path:
+    """Gather the checkpoints of `weights`' streams in one folder, published whole.
+
+    Raises `FFNError` where a stream is missing or the checkpoints are not of one protocol, data set and set of classes.
+    """
+    absent = [stream for stream in weights if stream not in checkpoints]
+    if absent:
+        raise FFNError(f"fused model: no checkpoint of stream {', '.join(absent)}")
+    metas = {stream: read_meta(checkpoints[stream]) for stream in weights}
+    first = next(iter(metas.values()))
+    for stream, meta in metas.items():
+        if meta.stream != stream:
+            raise FFNError(f"{checkpoints[stream]}: checkpoint of stream {meta.stream}, expected {stream}")
+        for what in ("protocol", "data_digest", "classes", "layout", "space"):
+            if getattr(meta, what) != getattr(first, what):
+                raise FFNError(f"{checkpoints[stream]}: its {what} differs from that of the other streams")
+    with publishing_folder(Path(folder)) as partial:
+        for stream in weights:
+            shutil.copytree(checkpoints[stream], partial / stream)
+        (partial / "fusion.json").write_text(json.dumps(dict(weights)))
+    return Path(folder)

@@ -1,0 +1,84 @@
+"""The network: ten basic blocks, global average pooling, one linear layer."""
+
+import torch
+from torch import Tensor, nn
+
+from ffn.config import ModelConfig
+from ffn.layouts import Layout
+from ffn.model.attention import AFF, MSCAMGate
+from ffn.model.graph import spatial_adjacency
+from ffn.model.spatial import ESFGCN, GCN
+from ffn.model.temporal import MSFTCN, TCN
+
+
+class Block(nn.Module):
+    """Basic block: spatial module, temporal module, attention, residual, ReLU.
+
+    (B, C_in, T, V) -> (B, C_out, T / stride, V). The residual is the identity, or a strided 1x1 convolution with
+    batch-norm where the shape changes; the first block has none. Source: Fig. 2(a).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, stride: int, residual: bool, adjacency: Tensor, config: ModelConfig
+    ) -> None:
+        super().__init__()
+        self.spatial: nn.Module
+        if config.spatial == "gcn":
+            self.spatial = GCN(in_channels, out_channels, adjacency)
+        else:
+            self.spatial = ESFGCN(in_channels, out_channels, adjacency, alpha=config.alpha)
+        self.temporal: nn.Module = (TCN if config.temporal == "tcn" else MSFTCN)(out_channels, stride=stride)
+        self.attention: nn.Module | None = None
+        if config.attention == "aff":
+            self.attention = AFF(out_channels, reduction=config.reduction, stride=stride)
+        elif config.attention == "mscam":
+            self.attention = MSCAMGate(out_channels, reduction=config.reduction)
+        self.residual: nn.Module | None = None
+        if residual:
+            self.residual = nn.Identity()
+            if in_channels != out_channels or stride > 1:
+                self.residual = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, (stride, 1)), nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.spatial(x)
+        z = self.temporal(y)
+        if self.attention is not None:
+            z = self.attention(z, y)
+        if self.residual is not None:
+            z = z + self.residual(x)
+        return torch.relu(z)
+
+
+class Network(nn.Module):
+    """Clips to class logits: (N, M, T, V, C) float -> (N, K).
+
+    Data batch-norm over V·C, the blocks, global average pooling over T and V, mean over persons (an absent one, all
+    zeros, included, as in MMAction2), dropout, linear layer. Source: sections 2 and 2.3, Fig. 2.
+    """
+
+    def __init__(self, config: ModelConfig, layout: Layout, classes: int, *, channels: int = 3) -> None:
+        super().__init__()
+        adjacency = torch.from_numpy(spatial_adjacency(layout))
+        self.norm = nn.BatchNorm1d(len(layout.joints) * channels)
+        blocks: list[Block] = []
+        width = channels
+        for stage, depth in enumerate(config.depths):
+            for place in range(depth):
+                out = config.width * 2**stage
+                stride = 2 if stage and not place else 1
+                blocks.append(Block(width, out, stride=stride, residual=bool(blocks), adjacency=adjacency, config=config))
+                width = out
+        self.blocks = nn.Sequential(*blocks)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(width, classes)
+        nn.init.normal_(self.classifier.weight, 0, 0.01)
+        nn.init.zeros_(self.classifier.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, m, t, v, c = x.shape
+        x = self.norm(x.reshape(n * m * t, v * c))
+        x = x.view(n * m, t, v, c).permute(0, 3, 1, 2)  # (N·M, C, T, V), channels last
+        x = self.blocks(x).mean((2, 3)).view(n, m, -1).mean(1)
+        logits: Tensor = self.classifier(self.dropout(x))
+        return logits

@@ -1,0 +1,91 @@
+"""Graph convolutions over the joints of one frame. Tensors are (N·M, C, T, V), channels last in memory."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class GCN(nn.Module):
+    """ST-GCN's graph convolution with a learned mask of edge importance.
+
+    1x1 convolution to one feature per adjacency subset, aggregation over the graph, batch-norm, ReLU.
+    (B, C_in, T, V) -> (B, C_out, T, V). Source: ST-GCN, Eq. (10), and MMAction2's `unit_gcn(adaptive='importance')`.
+    """
+
+    adjacency: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, adjacency: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("adjacency", adjacency.clone(), persistent=False)
+        self.importance = nn.Parameter(torch.ones_like(adjacency))
+        self.conv = nn.Conv2d(in_channels, out_channels * len(adjacency), 1)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(aggregate(self.conv(x), self.adjacency * self.importance)))
+
+
+class ESFGCN(nn.Module):
+    """ESF-GCN: an adaptive graph convolution with a residual, and the spatial shift beside it.
+
+    The adjacency is a free parameter that starts from the graph, without a sparsity term. The residual is the identity,
+    or a bare 1x1 convolution where the width changes. Both paths are added before the ReLU.
+    (B, C_in, T, V) -> (B, C_out, T, V). Source: section 2.1 and Fig. 2(a).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, adjacency: Tensor, *, alpha: float) -> None:
+        super().__init__()
+        self.adjacency = nn.Parameter(adjacency.clone())
+        self.conv = nn.Conv2d(in_channels, out_channels * len(adjacency), 1)
+        self.norm = nn.BatchNorm2d(out_channels)
+        same = in_channels == out_channels
+        self.residual: nn.Module = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.shift = SpatialShift(in_channels, out_channels, joints=adjacency.shape[-1], alpha=alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gcn = self.norm(aggregate(self.conv(x), self.adjacency)) + self.residual(x)
+        return torch.relu(gcn + self.shift(x))
+
+
+class SpatialShift(nn.Module):
+    """Spatial shift: every channel of a joint looks at another joint, so that one joint sees the whole skeleton.
+
+    Channel c of joint v takes the value of joint (v + c) mod V, less alpha times its own; a trainable mask weighs the
+    result, a 1x1 convolution mixes it: Y = W (X - alpha X0) M. Then batch-norm over joints and channels.
+    (B, C_in, T, V) -> (B, C_out, T, V). Source: Eq. (2); Shift-GCN's non-local shift, without CD-GCN's shift back,
+    which the equation does not show.
+    """
+
+    source: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, *, joints: int, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+        source = (torch.arange(joints)[:, None] + torch.arange(in_channels)) % joints
+        self.register_buffer("source", source, persistent=False)  # (V, C_in)
+        self.mask = nn.Parameter(torch.zeros(joints, in_channels))
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        nn.init.normal_(self.conv.weight, 0, math.sqrt(1 / out_channels))
+        self.norm = nn.BatchNorm1d(joints * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_btvc = x.permute(0, 2, 3, 1)
+        b, t, v, _ = x_btvc.shape
+        shifted = x_btvc.gather(2, self.source.expand(x_btvc.shape))
+        y = (shifted - self.alpha * x_btvc) * (torch.tanh(self.mask) + 1)
+        y = self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = self.norm(y.reshape(b * t, -1))  # (B·T, V·C)
+        return y.view(b, t, v, -1).permute(0, 3, 1, 2)
+
+
+def aggregate(x: Tensor, adjacency: Tensor) -> Tensor:
+    """Sum over subsets and joints: (B, S·C, T, V) and (S, V, W) -> (B, C, T, W).
+
+    A channels-last input is never copied: one product of (W, V·S) with every frame's (V·S, C).
+    """
+    b, _, t, v = x.shape
+    s, _, w = adjacency.shape
+    x_btvsc = x.permute(0, 2, 3, 1).reshape(b * t, v * s, -1)
+    weights = adjacency.permute(2, 1, 0).reshape(w, v * s)
+    return torch.bmm(weights.expand(b * t, w, v * s), x_btvsc).view(b, t, w, -1).permute(0, 3, 1, 2)

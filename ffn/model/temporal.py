@@ -1,0 +1,72 @@
+"""Temporal convolutions over the frames of one joint. Tensors are (N·M, C, T, V), channels last in memory."""
+
+import torch
+from torch import Tensor, nn
+
+
+class TCN(nn.Module):
+    """ST-GCN's temporal convolution: 9x1, batch-norm. (B, C, T, V) -> (B, C, T / stride, V)."""
+
+    def __init__(self, channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv = temporal_conv(channels, kernel=9, stride=stride)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        return y
+
+
+class MSFTCN(nn.Module):
+    """MSF-TCN: eight branches of an eighth of the channels each, fused from large receptive fields to small ones.
+
+    Seven branches begin with a 1x1 convolution, batch-norm and ReLU of their own (one grouped convolution here); five go
+    on with a 3x1 convolution of dilation 5 to 1, one with max and one with mean pooling over three frames; the eighth is a
+    1x1 convolution. Each dilated branch adds its output to the next smaller one. Concatenation, batch-norm, ReLU, one
+    full 1x1 convolution, batch-norm. (B, C, T, V) -> (B, C, T / stride, V); C divisible by 8.
+    Source: section 2.2 and Fig. 2(b); the counts of Table 2 settle where the full convolution stands.
+    """
+
+    DILATIONS = (5, 4, 3, 2, 1)
+
+    def __init__(self, channels: int, *, stride: int) -> None:
+        super().__init__()
+        if channels % 8:
+            raise ValueError(f"MSF-TCN splits its channels into eight groups, got {channels}")
+        width = channels // 8
+        self.enter = nn.Sequential(
+            nn.Conv2d(7 * width, 7 * width, 1, groups=7),
+            nn.BatchNorm2d(7 * width),
+            nn.ReLU(),
+        )
+        self.dilated = nn.ModuleList(temporal_conv(width, kernel=3, stride=stride, dilation=d) for d in self.DILATIONS)
+        self.max_pool = nn.MaxPool2d((3, 1), (stride, 1), (1, 0))
+        self.mean_pool = nn.AvgPool2d((3, 1), (stride, 1), (1, 0))
+        self.point = nn.Conv2d(width, width, 1, (stride, 1))
+        self.fuse = nn.Sequential(
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[1] // 8
+        *groups, to_max, to_mean = self.enter(x[:, : 7 * width]).chunk(7, 1)
+        branches: list[Tensor] = []
+        for conv, group in zip(self.dilated, groups, strict=True):
+            y = conv(group)
+            branches.append(y + branches[-1] if branches else y)
+        branches += [self.max_pool(to_max), self.mean_pool(to_mean), self.point(x[:, 7 * width :])]
+        fused: Tensor = self.fuse(torch.cat(branches, 1))
+        return fused
+
+
+def temporal_conv(channels: int, *, kernel: int, stride: int, dilation: int = 1) -> nn.Conv2d:
+    """A convolution over frames that keeps T at stride 1; Kaiming fan-out as MMAction2 initialises it."""
+    padding = dilation * (kernel - 1) // 2
+    conv = nn.Conv2d(channels, channels, (kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return conv
