@@ -167,15 +167,15 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(plain: Mapping[str, Any]) -> Config:
     """The inverse of `to_dict`; an unknown key raises `FFNError`, so no setting is ever dropped in silence."""
     try:
-        sections = {
-            "model": ModelConfig(**{**plain["model"], "depths": tuple(plain["model"]["depths"])}),
-            "clip": ClipConfig(**plain["clip"]),
-            "loss": LossConfig(**plain["loss"]),
-            "training": TrainingConfig(**plain["training"]),
-        }
+        return Config(
+            preset=plain["preset"],
+            model=ModelConfig(**{**plain["model"], "depths": tuple(plain["model"]["depths"])}),
+            clip=ClipConfig(**plain["clip"]),
+            loss=LossConfig(**plain["loss"]),
+            training=TrainingConfig(**plain["training"]),
+        )
     except (KeyError, TypeError) as error:
         raise FFNError(f"configuration does not fit this version of ffn: {error}") from error
-    return Config(preset=plain["preset"], **sections)
 
 
 def digest(*parts: Any) -> str:

@@ -50,7 +50,7 @@ def predict(network: Network, sampler: Sampler, rows: NDArray[np.int64]) -> NDAr
     """(N, K) softmax of the samples `rows`, mean over the sampler's test clips."""
     device = sampler.keypoints.device
     batches = []
-    for batch in torch.from_numpy(rows).split(BATCH):
+    for batch in torch.split(torch.from_numpy(rows), BATCH):
         index = batch.to(device)
         total = torch.zeros(())
         for number in range(sampler.clip.test_clips):

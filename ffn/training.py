@@ -136,7 +136,7 @@ def run_epoch(
                 logits = network(clips)
             value = loss(config.loss, logits, target, epoch=number, epochs=recipe.epochs)
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
+            torch.autograd.backward(value)
             optimizer.step()
             total += value.detach() * len(batch)
             hits += (logits.detach().argmax(1) == target).sum()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Sampler:
     @classmethod
     def of_arrays(
         cls,
-        clips: Sequence[NDArray[np.floating]],  # type: ignore[type-arg]
+        clips: Sequence[NDArray[np.floating[Any]]],
         *,
         layout: Layout,
         space: Space,

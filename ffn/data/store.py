@@ -215,8 +215,8 @@ class SkeletonSetWriter:
         self._rows.append((sample.id, sample.label, shape[1], shape[0], width, height))
         for name, column in self._splits.items():
             column.append(sample.splits.get(name))
-        self._keypoints.write(values)
-        self._hash.update(values)
+        self._keypoints.write(values.data)
+        self._hash.update(values.data)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._keypoints.close()

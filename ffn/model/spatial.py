@@ -75,8 +75,8 @@ class SpatialShift(nn.Module):
         shifted = x_btvc.gather(2, self.source.expand(x_btvc.shape))
         y = (shifted - self.alpha * x_btvc) * (torch.tanh(self.mask) + 1)
         y = self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        y = self.norm(y.reshape(b * t, -1))  # (B·T, V·C)
-        return y.view(b, t, v, -1).permute(0, 3, 1, 2)
+        normal: Tensor = self.norm(y.reshape(b * t, -1))  # (B·T, V·C)
+        return normal.view(b, t, v, -1).permute(0, 3, 1, 2)
 
 
 def aggregate(x: Tensor, adjacency: Tensor) -> Tensor:

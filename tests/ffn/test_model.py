@@ -1,0 +1,135 @@
+"""The network against the paper's counts and a plain reference of its modules."""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ffn.config import PRESETS
+from ffn.layouts import COCO17, KINECT20, NTU25
+from ffn.model.attention import AFF
+from ffn.model.graph import spatial_adjacency
+from ffn.model.network import Network
+from ffn.model.spatial import SpatialShift, aggregate
+from ffn.model.temporal import MSFTCN
+
+# parameters; multiply-accumulates, G (60 classes, one clip of M=2, T=100, V=17)
+COUNTS = {
+    "S0": (3_088_704, 3.822),
+    "S0-2": (1_093_328, 1.4993),
+    "S1": (3_414_643, 4.2047),
+    "S2": (1_419_267, 1.8819),
+    "S3-aff1": (2_895_491, 2.9252),
+    "S4": (2_895_491, 2.9252),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_of_the_paper(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fvcore.nn import FlopCountAnalysis
+
+        network = Network(PRESETS[name].model, COCO17, 60).eval()
+        analysis = FlopCountAnalysis(network, torch.zeros(1, 2, 100, 17, 3))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        flops = analysis.total() / 1e9
+    parameters, expected = COUNTS[name]
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert flops == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.parametrize(("layout", "entries"), [(COCO17, [17, 22, 10]), (NTU25, [25, 40, 8])])
+def test_adjacency_has_the_published_entries(layout, entries):
+    adjacency = spatial_adjacency(layout)
+    assert (adjacency != 0).sum((1, 2)).tolist() == entries
+    np.testing.assert_allclose(adjacency.sum((0, 1)), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [COCO17, NTU25, KINECT20])
+def test_layouts_are_trees_over_named_joints(layout):
+    count = len(layout.joints)
+    assert len(set(layout.joints)) == count == len(layout.parents)
+    assert len(layout.edges) == count - 1
+    reached = {layout.center}
+    for _ in range(count):
+        reached |= {a for v, p in layout.edges for a in (v, p) if v in reached or p in reached}
+    assert reached == set(range(count))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("layout", [COCO17, NTU25])
+def test_forward_and_backward(name, layout):
+    config = replace(PRESETS[name].model, width=16, depths=(2, 1))
+    network = Network(config, layout, 5)
+    logits = network(torch.randn(3, 2, 12, len(layout.joints), 3))
+    assert logits.shape == (3, 5)
+    logits.square().sum().backward()
+    for parameter_name, parameter in network.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert torch.isfinite(parameter.grad).all(), parameter_name
+
+
+def test_persons_are_averaged():
+    network = Network(replace(PRESETS["S4"].model, width=16, depths=(1, 1)), NTU25, 4).eval()
+    x = torch.randn(2, 2, 10, 25, 3)
+    with torch.inference_mode():
+        one_by_one = (network(x[:, :1]) + network(x[:, 1:])) / 2
+        torch.testing.assert_close(network(x), one_by_one, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(network(x), network(x.flip(1)), atol=1e-6, rtol=1e-5)
+
+
+def test_aggregate_is_the_einsum():
+    x, adjacency = torch.randn(4, 3 * 6, 5, 17), torch.randn(3, 17, 17)
+    expected = torch.einsum("bsctv,svw->bctw", x.view(4, 3, 6, 5, 17), adjacency)
+    torch.testing.assert_close(aggregate(x, adjacency), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(aggregate(x.to(memory_format=torch.channels_last), adjacency), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_spatial_shift_is_equation_2():
+    torch.manual_seed(0)
+    module = SpatialShift(6, 4, joints=5, alpha=0.2).eval()
+    torch.nn.init.normal_(module.mask)
+    x = torch.randn(2, 6, 3, 5)
+    shifted = torch.zeros_like(x)
+    for c in range(6):
+        for v in range(5):
+            mask = torch.tanh(module.mask[v, c]) + 1
+            shifted[:, c, :, v] = (x[:, c, :, (v + c) % 5] - 0.2 * x[:, c, :, v]) * mask
+    expected = torch.einsum("oc,bctv->botv", module.conv.weight[:, :, 0, 0], shifted) / (1 + module.norm.eps) ** 0.5
+    torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_msf_tcn_is_its_branches(stride):
+    """Branch by branch, with the horizontal connections from large to small receptive fields."""
+    torch.manual_seed(0)
+    module = MSFTCN(16, stride=stride).eval()
+    x = torch.randn(2, 16, 20, 5)
+    conv, norm = module.enter[0], module.enter[1]
+    outputs = []
+    for branch in range(7):
+        group = slice(2 * branch, 2 * branch + 2)
+        entered = torch.einsum("oc,bctv->botv", conv.weight[group, :, 0, 0], x[:, group]) + conv.bias[group, None, None]
+        entered = torch.relu(entered / (1 + norm.eps) ** 0.5)
+        if branch < 5:
+            out = torch.nn.functional.conv2d(
+                entered, module.dilated[branch].weight, module.dilated[branch].bias, (stride, 1), (5 - branch, 0), (5 - branch, 1)
+            )
+            outputs.append(out + outputs[-1] if outputs else out)
+        elif branch == 5:
+            outputs.append(torch.nn.functional.max_pool2d(entered, (3, 1), (stride, 1), (1, 0)))
+        else:
+            outputs.append(torch.nn.functional.avg_pool2d(entered, (3, 1), (stride, 1), (1, 0)))
+    outputs.append(torch.nn.functional.conv2d(x[:, 14:], module.point.weight, module.point.bias, (stride, 1)))
+    torch.testing.assert_close(module(x), module.fuse(torch.cat(outputs, 1)), atol=1e-5, rtol=1e-5)
+
+
+def test_aff_is_equation_4():
+    module = AFF(8, reduction=2, stride=1).eval()
+    x, y = torch.randn(2, 2, 8, 6, 5)
+    m = module.weights(x + y)
+    assert ((m > 0) & (m < 1)).all()
+    torch.testing.assert_close(module(x, y), x * m + y * (1 - m), atol=1e-6, rtol=1e-5)

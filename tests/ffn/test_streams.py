@@ -1,0 +1,122 @@
+"""Streams, normalisation and sampled frames against the slow reference."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ffn.config import STREAMS, ClipConfig
+from ffn.data.persons import canonical_persons
+from ffn.data.sampler import TEST_SEED, Sampler, augmentation, frame_numbers
+from ffn.layouts import COCO17, NTU25
+from ffn.streams import rotation_to_axis
+from tests import reference
+from tests.conftest import recordings, write_set
+
+LAYOUT = {"3d": NTU25, "2d": COCO17}
+PARENTS = {"3d": reference.NTU_PARENTS, "2d": reference.COCO_PARENTS}
+
+
+def expected_clip(x, space, stream, numbers):
+    """The reference's clip of one stored recording."""
+    normal = reference.normalize_3d(x) if space == "3d" else reference.normalize_2d(x, 1280, 720)
+    return reference.clip(reference.stream(normal, stream, PARENTS[space], space), numbers, 2)
+
+
+@pytest.mark.parametrize("space", ["2d", "3d"])
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("length", [16, 40])
+def test_test_clips_agree_with_reference(tmp_path, space, stream, length):
+    arrays = recordings(space)
+    data = write_set(tmp_path / "set.arrow", arrays, space)
+    clip = ClipConfig(frames=length, test_clips=3)
+    sampler = Sampler.of(data, stream, clip)
+    table = torch.rand(3, 2 * length + 1, generator=torch.Generator().manual_seed(TEST_SEED)).numpy()
+    for number in range(3):
+        got = sampler.test_batch(torch.arange(len(arrays)), number).numpy()
+        assert got.dtype == np.float32
+        for x, ours in zip(arrays, got, strict=True):
+            frames = x.shape[1]
+            numbers = reference.frame_numbers(frames, length, number * frames // 3, table[number])
+            np.testing.assert_allclose(ours, expected_clip(x, space, stream, numbers), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("space", ["2d", "3d"])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_training_clips_agree_with_reference(tmp_path, space, stream):
+    arrays = recordings(space, seed=1)
+    sampler = Sampler.of(write_set(tmp_path / "set.arrow", arrays, space), stream, ClipConfig(frames=24))
+    got = sampler.train_batch(torch.arange(len(arrays)), torch.Generator().manual_seed(3)).numpy()
+    draws = torch.rand(len(arrays), 56, generator=torch.Generator().manual_seed(3)).numpy()
+    for x, ours, u in zip(arrays, got, draws, strict=True):
+        frames = x.shape[1]
+        numbers = reference.frame_numbers(frames, 24, int(np.float32(u[0]) * np.float32(frames)), u[7:])
+        np.testing.assert_allclose(ours, expected_clip(x, space, stream, numbers), atol=1e-5, rtol=1e-5)
+
+
+def test_a_clip_does_not_depend_on_its_batch(tmp_path):
+    data = write_set(tmp_path / "set.arrow", recordings("3d"), "3d")
+    sampler = Sampler.of(data, "bm", ClipConfig(frames=20))
+    together = sampler.test_batch(torch.arange(12), 4)
+    alone = torch.cat([sampler.test_batch(torch.tensor([row]), 4) for row in range(12)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+
+
+def test_arrays_and_sets_give_the_same_clips(tmp_path):
+    arrays = recordings("2d")
+    data = write_set(tmp_path / "set.arrow", arrays, "2d")
+    clip = ClipConfig(frames=20)
+    of_arrays = Sampler.of_arrays(arrays, layout=COCO17, space="2d", stream="jm", clip=clip, image_size=(1280, 720))
+    index = torch.arange(len(arrays))
+    assert torch.equal(of_arrays.test_batch(index, 1), Sampler.of(data, "jm", clip).test_batch(index, 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(frames=st.integers(1, 300), length=st.integers(2, 100), seed=st.integers(0, 2**31))
+def test_frame_numbers_are_those_of_the_reference(frames, length, seed):
+    draws = torch.rand(1, 2 * length + 1, generator=torch.Generator().manual_seed(seed))
+    start = seed % frames
+    got = frame_numbers(torch.tensor([frames]), torch.tensor([start]), draws)[0].tolist()
+    assert got == reference.frame_numbers(frames, length, start, draws[0].numpy())
+    assert all(0 <= number < frames for number in got)
+    if frames >= length:
+        assert all(a < b for a, b in itertools.pairwise(got)), "frames in order, none twice"
+
+
+def test_canonical_persons_and_alignment_are_prenormalize3d():
+    """The frame dropping at ingestion followed by the batched alignment is the whole of PreNormalize3D."""
+    rng = np.random.default_rng(5)
+    raw = [*rng.normal(size=(2, 30, 25, 3)), 0, 0, 3]
+    raw[0, ::3] = 0
+    raw[1, :4] = 0
+    stored = canonical_persons(raw.astype(np.float32))
+    sampler = Sampler.of_arrays([stored], layout=NTU25, space="3d", stream="j", clip=ClipConfig(frames=8, test_clips=1))
+    draws = torch.rand(1, 17, generator=torch.Generator().manual_seed(TEST_SEED))[0].numpy()
+    normal = reference.normalize_3d(raw.astype(np.float32))
+    numbers = reference.frame_numbers(normal.shape[1], 8, 0, draws)
+    np.testing.assert_allclose(sampler.test_batch(torch.tensor([0]), 0)[0], reference.clip(normal, numbers, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("vector", [[0, 0, 0], [0, 0, 1], [0, 0, -2], [1, 0, 0], [0.3, -2, 0.1], [1e-9, 0, 1]])
+def test_rotation_to_axis(vector):
+    vector = np.array(vector, np.float64)
+    target = np.array([0, 0, 1.0])
+    expected = reference.rotation_about(np.cross(vector, target), reference.angle_between(vector, target))
+    got = rotation_to_axis(torch.tensor(vector)[None], 2)[0]
+    np.testing.assert_allclose(got, expected, atol=1e-7)
+
+
+def test_augmentation_is_a_rotation_and_a_scale():
+    draws = torch.rand(50, 6, generator=torch.Generator().manual_seed(0))
+    turn = augmentation(draws, space="3d", rotate=0.5, scale=0.0)
+    torch.testing.assert_close(turn @ turn.transpose(1, 2), torch.eye(3).expand(50, 3, 3), atol=1e-5, rtol=0)
+    assert (torch.linalg.det(turn) > 0.99).all()
+    flat = augmentation(draws, space="2d", rotate=0.5, scale=0.2)
+    assert torch.equal(flat[:, 2], torch.tensor([0.0, 0, 1]).expand(50, 3)), "the score is left alone"
+    assert torch.equal(flat[:, :2, 2], torch.zeros(50, 2))
+    assert flat[:, 0, 0].std() > 0.01
+    nothing = augmentation(draws, space="3d", rotate=0.0, scale=0.0)
+    assert torch.equal(nothing, torch.eye(3).expand(50, 3, 3))
