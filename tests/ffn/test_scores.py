@@ -49,7 +49,7 @@ def test_broken_scores_name_the_file(tmp_path, content):
     path = tmp_path / "scores.arrow"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(FFNError, match="scores.arrow"):
+    with pytest.raises(FFNError, match=r"scores\.arrow"):
         Scores.read(path)
 
 

@@ -148,13 +148,13 @@ def test_sigkill_in_mid_epoch_loses_nothing(toys, tmp_path):
     assert not (tmp_path / "out").exists()
     config = override(preset("S4"), [*SMALL, "training.epochs=200"])
     [state] = (tmp_path / "state" / train_key(toys.digest, config, "p", "j")).glob("state.safetensors")
+    later = []
+
+    def remember(epoch):
+        later.append(epoch.epoch)
+        stop_after(6)(epoch)
+
     with pytest.raises(Interrupted):
-        later = []
-
-        def remember(epoch):
-            later.append(epoch.epoch)
-            stop_after(6)(epoch)
-
         run(toys, tmp_path, "training.epochs=200", on_epoch=remember)
     assert 4 <= later[0] <= 6
     assert state.exists()
