@@ -178,7 +178,9 @@ class SkeletonSetWriter:
         provenance: Mapping[str, Any],
     ) -> None:
         self.path = Path(path)
-        self.layout, self.space, self.classes, self.protocols = layout, space, tuple(classes), tuple(protocols)
+        self.layout, self.space, self.classes = layout, space, tuple(classes)
+        self.protocols = tuple(protocols)
+        """May be narrowed until the context closes, when it is known which have samples."""
         self.provenance = dict(provenance)
         self.digest = ""
         """The digest of what was written; known after the context has closed."""
@@ -232,6 +234,7 @@ class SkeletonSetWriter:
         if not self._rows:
             raise FFNError(f"{self.path}: no sample to write; nothing was ingested")
         ids, labels, frames, persons, widths, heights = zip(*self._rows, strict=True)
+        splits = {name: self._splits[name] for name in self.protocols}
         sizes = np.asarray(frames, np.int64) * np.asarray(persons, np.int64) * len(self.layout.joints) * CHANNELS
         mapped = np.memmap(self._keypoints_path, np.float16, "r")
         values = pa.Array.from_buffers(pa.float16(), len(mapped), [None, pa.py_buffer(mapped)])
@@ -242,7 +245,7 @@ class SkeletonSetWriter:
             "persons": pa.array(persons, pa.int32()),
             "width": pa.array(widths, pa.int32()),
             "height": pa.array(heights, pa.int32()),
-            **{f"split:{name}": pa.array(column, pa.string()) for name, column in self._splits.items()},
+            **{f"split:{name}": pa.array(column, pa.string()) for name, column in splits.items()},
             "keypoints": pa.LargeListArray.from_arrays(np.concatenate([[0], np.cumsum(sizes)]), values),
         }
         content = {
@@ -252,7 +255,7 @@ class SkeletonSetWriter:
             "classes": self.classes,
             "protocols": self.protocols,
         }
-        self._hash.update(json.dumps([content, self._rows, self._splits], sort_keys=True).encode())
+        self._hash.update(json.dumps([content, self._rows, splits], sort_keys=True).encode())
         self.digest = self._hash.hexdigest()[:16]
         meta = {**content, "digest": self.digest, "provenance": self.provenance}
         batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
