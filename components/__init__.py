@@ -1,0 +1,48 @@
+"""The steps of the pipeline: `step.py` is the work in plain Python, `component.py` its wiring."""
+
+import functools
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import ParamSpec, TypeVar
+
+from ffn.errors import FFNError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+IMAGE = "ffn-python:dev"
+"""Image of every step; replaced by the one in the settings when the pipeline is compiled."""
+
+
+def say(text: str) -> None:
+    """One line for the person who watches the step."""
+    print(f"ffn: {text}", flush=True)
+
+
+def step(run: Callable[P, R]) -> Callable[P, R]:
+    """`run` as the main function of a process: what a person can mend is one line on stderr and exit status 2.
+
+    SIGTERM (an evicted pod, an interrupted local run) unwinds the step, so that its MLflow run is closed.
+    """
+
+    @functools.wraps(run)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, _terminated) if in_main else None
+        try:
+            return run(*args, **kwargs)
+        except FFNError as error:
+            print(f"ffn: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        finally:
+            if in_main:
+                signal.signal(signal.SIGTERM, before)
+
+    return guarded
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -69,7 +69,7 @@ def toy_recordings(count: int = 24, *, seed: int = 0) -> tuple[list[np.ndarray],
     """Learnable at once: three classes wave one of three joints."""
     rng = np.random.default_rng(seed)
     arrays, labels = [], []
-    base = [*rng.normal(size=(25, 3)), 0, 0, 3]
+    base = rng.normal(size=(25, 3)) + np.array([0, 0, 3])
     for number in range(count):
         label, frames = number % 3, int(rng.integers(10, 40))
         x = np.repeat(base[None, None], frames, 1) + rng.normal(size=(1, frames, 25, 3)) * 0.02

@@ -89,7 +89,7 @@ def test_frame_numbers_are_those_of_the_reference(frames, length, seed):
 def test_canonical_persons_and_alignment_are_prenormalize3d():
     """The frame dropping at ingestion followed by the batched alignment is the whole of PreNormalize3D."""
     rng = np.random.default_rng(5)
-    raw = [*rng.normal(size=(2, 30, 25, 3)), 0, 0, 3]
+    raw = rng.normal(size=(2, 30, 25, 3)) + np.array([0, 0, 3])
     raw[0, ::3] = 0
     raw[1, :4] = 0
     stored = canonical_persons(raw.astype(np.float32))

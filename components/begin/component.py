@@ -1,0 +1,13 @@
+"""Begin, wired into the pipeline."""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def begin(name: str, source: str, source_version: str, preset: str, overrides: list[str]) -> str:
+    """Returns the id of the parent MLflow run."""
+    from components.begin.step import run
+
+    return run(name=name, source=source, source_version=source_version, preset=preset, overrides=overrides)

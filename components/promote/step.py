@@ -1,0 +1,44 @@
+"""Promote: the aliases `champion` and `previous` move; the same code serves the pipeline and a person."""
+
+from datetime import UTC, datetime
+
+from components import say, step, tracking
+from components.tracking import Version
+from ffn.errors import FFNError
+
+
+@step
+def run(*, model: str) -> None:
+    """Make the version `model` (`models:/NAME/NUMBER`) champion."""
+    version = tracking.at(model)
+    say(promote(version, version.tags.get("gate_reason", "")))
+
+
+def promote(version: Version, reason: str) -> str:
+    """`version` becomes `champion`, the one before it `previous`; done twice it is done once. Returns what happened."""
+    champion = tracking.version(version.name, alias="champion")
+    if champion and champion.number == version.number:
+        return f"{version.name} version {version.number} is champion already"
+    if champion:
+        tracking.point(champion, "previous")
+    tracking.point(version, "champion")
+    tracking.mark(version, {"promoted": _now(), "promoted_because": reason, "rolled_back": ""})
+    return f"{version.name} version {version.number} is champion" + (f", version {champion.number} previous" if champion else "")
+
+
+def rollback(name: str) -> str:
+    """`champion` goes back to `previous`, and `previous` names the one rolled back. Raises `FFNError` where there is none."""
+    champion, previous = (tracking.version(name, alias=alias) for alias in ("champion", "previous"))
+    if not champion:
+        raise FFNError(f"{name}: no champion; registered models: {', '.join(tracking.registered()) or '(none)'}")
+    if not previous or previous.number == champion.number:
+        raise FFNError(f"{name}: champion is version {champion.number} and there is no previous one to go back to")
+    tracking.mark(champion, {"rolled_back": _now()})
+    tracking.mark(previous, {"rolled_back": ""})
+    tracking.point(previous, "champion")
+    tracking.point(champion, "previous")
+    return f"{name} version {previous.number} is champion again, version {champion.number} previous"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,318 @@
+"""MLflow, as the steps see it: one parent run per pipeline run, one child run per piece of work, a registry of models.
+
+The only place where a step touches MLflow. Everything is found again by its tags, so that a step which runs twice
+continues what it began. The server is the one `MLFLOW_TRACKING_URI` names.
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from csv import writer as csv_writer
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+from mlflow.types.schema import Map
+from numpy.typing import NDArray
+
+import ffn
+from ffn.checkpoint import Checkpoint
+from ffn.data.store import SkeletonSet
+from ffn.errors import FFNError
+from ffn.scores import Metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RUN, KEY, KIND, PARENT = "ffn.run", "ffn.key", "ffn.step", "mlflow.parentRunId"
+"""Tags: the name of the pipeline run (on the parent), what a child was made from, what it did, whose child it is."""
+
+PYFUNC = Path(__file__).parent / "register" / "pyfunc.py"
+SERVING_REQUIREMENTS = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
+SAMPLING_SECONDS = 5.0
+"""Between two samples of the system metrics."""
+
+PARAM_LENGTH = 6000
+"""The longest parameter value MLflow takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Child:
+    """One MLflow run of a step: what is logged twice is stored once."""
+
+    id: str
+    client: MlflowClient
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Log parameters; one that was logged before keeps its first value."""
+        known = self.client.get_run(self.id).data.params
+        new = [Param(name, str(value)[:PARAM_LENGTH]) for name, value in values.items() if name not in known]
+        self.client.log_batch(self.id, params=new)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log metrics of one step in one call."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.id, metrics=[Metric(name, float(value), now, step) for name, value in values.items()])
+
+    def steps(self, metric: str) -> set[int]:
+        """The steps at which `metric` was logged."""
+        return {point.step for point in self.client.get_metric_history(self.id, metric)}
+
+    def result(self, metrics: Metrics, classes: tuple[str, ...]) -> None:
+        """Log held-out measures: scalars once, the confusion matrix and the per-class table as CSV and as figures."""
+        from ffn import plots
+
+        known = self.client.get_run(self.id).data.metrics
+        self.metrics({name: value for name, value in metrics.to_dict().items() if known.get(name) != value})
+        header = ["true \\ predicted", *classes]
+        self.text(
+            csv([header, *([name, *row] for name, row in zip(classes, metrics.confusion.tolist(), strict=True))]), "confusion.csv"
+        )
+        rows = [(row.name, row.samples, row.recall, row.precision, row.mistaken_for) for row in metrics.per_class]
+        self.text(csv([("class", "samples", "recall", "precision", "mistaken for"), *rows]), "per_class.csv")
+        self.figure(plots.confusion_matrix(metrics, classes), "figures/confusion.png")
+        self.figure(plots.per_class(metrics, classes), "figures/per_class.png")
+
+    def dataset(self, data: SkeletonSet, context: str, *, part: str = "", **facts: object) -> None:
+        """Log the skeleton set, or the `part` of it that was used, as an input; `context` is `training` or `evaluation`."""
+        source = str(data.provenance.get("source", data.path))
+        entity = Dataset(
+            # MLflow keeps one input per name and digest, and the context of the first.
+            name="/".join(filter(None, (Path(source).name or source, part))),
+            digest=data.digest,
+            source_type="local",
+            source=json.dumps({"uri": source}),
+            profile=json.dumps({"samples": len(data), "classes": len(data.classes), "layout": data.layout.name, **facts}),
+        )
+        self.client.log_inputs(self.id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+
+    def figure(self, figure: "Figure", name: str) -> None:
+        self.client.log_figure(self.id, figure, name)
+
+    def text(self, text: str, name: str) -> None:
+        self.client.log_text(self.id, text, name)
+
+    def folder(self, folder: Path, name: str) -> None:
+        self.client.log_artifacts(self.id, str(folder), name)
+
+    def tag(self, name: str, value: str) -> None:
+        self.client.set_tag(self.id, name, value)
+
+    def model(self, folder: Path, meta: Checkpoint, example: NDArray[np.float32]) -> str:
+        """Log the fused model in `folder` as one pyfunc and return its URI; a run has one model, however often it is logged.
+
+        `example` is (1, M, T, V, 3) raw keypoints.
+        """
+        known: str | None = self.client.get_run(self.id).data.tags.get("ffn.model")
+        if known:
+            return known
+        joints = len(meta.layout.joints)
+        size = [ParamSpec(name, DataType.long, value) for name, value in zip(("width", "height"), meta.image_size, strict=True)]
+        signature = ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1, -1, joints, 3))]),
+            outputs=Schema(
+                [ColSpec("string", "label"), ColSpec("double", "probability"), ColSpec(Map(DataType.double), "probabilities")]
+            ),
+            params=ParamSchema(size) if meta.space == "2d" else None,
+        )
+        with mlflow.start_run(run_id=self.id, log_system_metrics=False):
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(PYFUNC),
+                artifacts={"fused": str(folder)},
+                signature=signature,
+                input_example=example,
+                code_paths=[str(Path(ffn.__file__).parent)],
+                pip_requirements=[f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in SERVING_REQUIREMENTS],
+            )
+        self.client.update_run(self.id, "RUNNING")
+        self.tag("ffn.model", logged.model_uri)
+        return str(logged.model_uri)
+
+
+def begin(name: str, params: Mapping[str, object]) -> str:
+    """The parent run of the pipeline run called `name`: found by its tag, or else created. Returns its id.
+
+    Where KFP's MLflow plugin made a run for this pipeline run and injected it, that one is the parent.
+    """
+    client = MlflowClient()
+    found = _injected_parent(client) or _parent(client, name)
+    run_id = found or client.create_run(_experiment(client), run_name=name).info.run_id
+    client.set_tag(run_id, RUN, name)
+    client.update_run(run_id, "RUNNING")
+    Child(id=run_id, client=client).params(params)
+    return str(run_id)
+
+
+def parent(name: str) -> Child:
+    """The parent run called `name`. Raises `FFNError` where there is none."""
+    client = MlflowClient()
+    run_id = _injected_parent(client) or _parent(client, name)
+    if not run_id:
+        raise FFNError(f"no pipeline run called {name!r} in {mlflow.get_tracking_uri()}")
+    return Child(id=run_id, client=client)
+
+
+@contextlib.contextmanager
+def child(parent: str, *, key: str, name: str, kind: str, tags: Mapping[str, str] | None = None) -> Iterator[Child]:
+    """The child of `parent` made from `key`: found, or else created; open inside the block, closed by how it ends.
+
+    An empty `parent` gives a run without one.
+    """
+    client = MlflowClient()
+    experiment = client.get_run(parent).info.experiment_id if parent else _experiment(client)
+    wanted = f"tags.`{KEY}` = '{key}'" + (f" and tags.`{PARENT}` = '{parent}'" if parent else "")
+    found = client.search_runs([experiment], wanted, max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, "RUNNING")
+    else:
+        marks = {KEY: key, KIND: kind, **(tags or {}), **({PARENT: parent} if parent else {})}
+        run_id = client.create_run(experiment, run_name=name, tags=marks).info.run_id
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=SAMPLING_SECONDS, samples_before_logging=1, resume_logging=bool(found))
+    monitor.start()
+    state = "FINISHED"
+    try:
+        yield Child(id=run_id, client=client)
+    except Exception:
+        state = "FAILED"
+        raise
+    except BaseException:
+        state = "KILLED"
+        raise
+    finally:
+        monitor.finish()
+        client.set_terminated(run_id, state)
+
+
+def results(parent_id: str) -> dict[str, dict[str, float]]:
+    """Top-1 of every child that has one: protocol -> stream or fusion -> fraction, in the order they were begun."""
+    client = MlflowClient()
+    experiment = client.get_run(parent_id).info.experiment_id
+    runs = client.search_runs(
+        [experiment], f"tags.`{PARENT}` = '{parent_id}'", max_results=1000, order_by=["attributes.start_time ASC"]
+    )
+    table: dict[str, dict[str, float]] = {}
+    for run in runs:
+        protocol, stream = run.data.tags.get("ffn.protocol"), run.data.tags.get("ffn.stream")
+        if protocol and stream and "top1" in run.data.metrics:
+            table.setdefault(protocol, {})[stream] = run.data.metrics["top1"]
+    return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One version of a registered model."""
+
+    name: str
+    number: str
+    tags: Mapping[str, str]
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.number}"
+
+
+def register(name: str, model: str, *, key: str, run: str, tags: Mapping[str, str]) -> Version:
+    """A version of the model `name`, made from the logged model `model`; the one made before from the same `key`, if any."""
+    client = MlflowClient()
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    found = list(client.search_model_versions(f"name = '{name}' and tag.`{KEY}` = '{key}'"))
+    made = found[0] if found else client.create_model_version(name, source=model, run_id=run, tags={KEY: key, **tags})
+    return Version(name=name, number=str(made.version), tags=dict(made.tags))
+
+
+def version(name: str, *, number: str = "", alias: str = "") -> Version | None:
+    """The version of `name` with that number or alias; None where there is none."""
+    client = MlflowClient()
+    try:
+        found = client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return Version(name=name, number=str(found.version), tags=dict(found.tags))
+
+
+def at(uri: str) -> Version:
+    """The version that `models:/NAME/NUMBER` names. Raises `FFNError` where there is none."""
+    name, _, number = uri.removeprefix("models:/").partition("/")
+    found = version(name, number=number) if number.isdigit() else None
+    if not found:
+        raise FFNError(f"{uri}: no such model version in {mlflow.get_registry_uri()}; expected models:/NAME/NUMBER")
+    return found
+
+
+def point(version: Version, alias: str) -> None:
+    """Make `alias` name this version."""
+    MlflowClient().set_registered_model_alias(version.name, alias, version.number)
+
+
+def mark(version: Version, tags: Mapping[str, str]) -> None:
+    """Set tags of the version."""
+    client = MlflowClient()
+    for name, value in tags.items():
+        client.set_model_version_tag(version.name, version.number, name, value)
+
+
+def registered() -> list[str]:
+    """Names of the registered models."""
+    return [model.name for model in MlflowClient().search_registered_models(max_results=1000)]
+
+
+def download(version: Version) -> Path:
+    """A folder with the version's fused model: `fusion.json` and one checkpoint per stream."""
+    return Path(mlflow.artifacts.download_artifacts(version.uri)) / "artifacts" / "fused"
+
+
+def csv(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as comma-separated text."""
+    text = io.StringIO()
+    csv_writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _experiment(client: MlflowClient) -> str:
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ffn")
+    found = client.get_experiment_by_name(name)
+    if found:
+        return str(found.experiment_id)
+    try:
+        where, tags = os.environ.get("FFN_ARTIFACTS") or None, {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(name, artifact_location=where, tags=tags))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return str(client.get_experiment_by_name(name).experiment_id)
+
+
+def _parent(client: MlflowClient, name: str) -> str | None:
+    quoted = name.replace("'", "")
+    found = client.search_runs([_experiment(client)], f"tags.`{RUN}` = '{quoted}'", max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
+def _injected_parent(client: MlflowClient) -> str | None:
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    return str(client.get_run(run_id).data.tags.get(PARENT, run_id)) if run_id else None

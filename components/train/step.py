@@ -1,0 +1,77 @@
+"""Train: one stream of one protocol, resumed where an earlier attempt stopped."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from components import say, step, tracking
+from ffn import config as configuration
+from ffn.checkpoint import read_history, read_meta
+from ffn.data.store import SkeletonSet
+from ffn.inference import write_fused
+from ffn.plots import learning_curves
+from ffn.training import Epoch, train, train_key
+
+LOGGED = ("loss", "top1", "lr", "seconds", "clips_per_second")
+"""Fields of an epoch's record that become the metrics `train_<field>`."""
+
+
+@step
+def run(
+    *, data: Path, protocol: str, stream: str, preset: str, overrides: list[str], checkpoints: Path, parent: str, out: Path
+) -> dict[str, str]:
+    """Publish the checkpoint in the folder `out`; the state of every epoch is kept under `checkpoints`.
+
+    Returns what names the checkpoint: preset, protocol, stream.
+    """
+    skeletons = SkeletonSet.open(data)
+    config = configuration.override(configuration.preset(preset), overrides)
+    key = train_key(skeletons.digest, config, protocol, stream)
+    names = {"preset": preset, "protocol": protocol, "stream": stream}
+    with tracking.child(
+        parent, key=key, name="/".join(names.values()), kind="train", tags={f"ffn.{name}": value for name, value in names.items()}
+    ) as track:
+        split = skeletons.split(protocol)
+        track.params({**names, **flat(config)})
+        track.dataset(skeletons, "training", part=f"{protocol}/train", used=len(split.train))
+        logged = track.steps("train_loss")
+
+        def log(record: Mapping[str, float]) -> None:
+            if record["epoch"] not in logged:
+                logged.add(int(record["epoch"]))
+                track.metrics({f"train_{name}": record[name] for name in LOGGED}, step=int(record["epoch"]))
+
+        def on_epoch(epoch: Epoch) -> None:
+            log(asdict(epoch))
+            say(
+                f"epoch {epoch.epoch:3d}/{epoch.epochs}  loss {epoch.loss:.4f}  top1 {100 * epoch.top1:5.1f} %  "
+                f"{epoch.clips_per_second:.0f} clips/s"
+            )
+
+        train(
+            skeletons, protocol=protocol, stream=stream, config=config, out=out, state_dir=checkpoints,
+            on_epoch=on_epoch, progress=False,
+        )  # fmt: skip
+        history = read_history(out)
+        for record in history:  # epochs that ran under another parent, or whose logging a kill cut off
+            log(record)
+        track.figure(learning_curves(history), "figures/learning_curves.png")
+        track.folder(out, "checkpoint")
+        with tempfile.TemporaryDirectory() as folder:
+            fused = write_fused(Path(folder) / "fused", {stream: out}, {stream: 1.0})
+            track.model(fused, read_meta(out), example(skeletons, int(split.test[0])))
+    return names
+
+
+def flat(config: configuration.Config) -> dict[str, object]:
+    """`section.field` -> value."""
+    sections = configuration.to_dict(config)
+    return {f"{name}.{key}": value for name, section in sections.items() if name != "preset" for key, value in section.items()}
+
+
+def example(data: SkeletonSet, row: int) -> np.ndarray:
+    """One recording as the registered model takes it, (1, M, T, V, 3) float32."""
+    return data.sample(row)[None].astype(np.float32)

@@ -1,0 +1,98 @@
+"""The graph: raw recordings to promoted models, every protocol in a box of its own, every stream trained on its own.
+
+Protocols are a loop when the graph is built, streams a `ParallelFor` inside each protocol's nested pipeline.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kfp import dsl
+
+from components.begin.component import begin
+from components.evaluate.component import evaluate
+from components.finish.component import finish
+from components.fuse.component import fuse
+from components.gate.component import gate
+from components.ingest.component import ingest
+from components.promote.component import promote
+from components.register.component import register
+from components.train.component import train
+from pipeline.settings import Settings
+
+NAME = "ffn"
+
+CACHED = frozenset({"ingest", "evaluate"})
+"""Steps whose output a cluster may reuse: the others open runs, resume from a state, or read and change the registry."""
+
+CACHED_LOCALLY = CACHED | {"train", "fuse", "register"}
+"""Reused on one machine too: the parent run's id is part of every key there, so a new MLflow store finds nothing cached."""
+
+HEAVY = frozenset({"train", "evaluate"})
+
+
+def build(protocols: Sequence[str], streams: Sequence[str], settings: Settings) -> Any:
+    """The pipeline for these protocols and streams, ready to be compiled or called."""
+    boxes = [_protocol(protocol, streams, settings) for protocol in protocols]
+
+    @dsl.pipeline(name=NAME, description="Raw skeletons to promoted action-recognition models")
+    def pipeline(
+        source: str,
+        name: str,
+        source_version: str = "",
+        space: str = "3d",
+        preset: str = "S4",
+        overrides: list[str] = [],  # noqa: B006
+    ) -> None:
+        end = _place(finish(name=name), settings)
+        with dsl.ExitHandler(end, name="run"):
+            begun = _place(
+                begin(name=name, source=source, source_version=source_version, preset=preset, overrides=overrides), settings
+            )
+            run = begun.output
+            ingested = _place(ingest(source=source, source_version=source_version, space=space, parent=run), settings)
+            for box in boxes:
+                did = box(data=ingested.outputs["data"], name=name, preset=preset, overrides=overrides, parent=run)
+                did.set_caching_options(False)
+
+    return pipeline
+
+
+def _protocol(protocol: str, streams: Sequence[str], settings: Settings) -> Any:
+    """One protocol's box: train and evaluate every stream, fuse, register, and promote what is not worse."""
+
+    @dsl.pipeline(name=protocol)
+    def box(data: dsl.Input[dsl.Dataset], name: str, preset: str, overrides: list[str], parent: str) -> None:
+        with dsl.ParallelFor(list(streams), name="streams", parallelism=settings.parallelism or None) as stream:
+            trained = train(
+                data=data, protocol=protocol, stream=stream, preset=preset, overrides=overrides,
+                checkpoints=settings.checkpoints, parent=parent,
+            )  # fmt: skip
+            evaluated = evaluate(data=data, checkpoint=trained.outputs["checkpoint"], parent=parent)
+        fused = fuse(scores=dsl.Collected(evaluated.outputs["scores"]), parent=parent)
+        registered = register(
+            data=data, checkpoints=dsl.Collected(trained.outputs["checkpoint"]), fused=fused.outputs["fused"],
+            name=name, parent=parent,
+        )  # fmt: skip
+        verdict = gate(model=registered.output, data=data)
+        with dsl.If(verdict.output == "promote", name="not worse"):
+            promoted = promote(model=registered.output)
+        for task in (trained, evaluated, fused, registered, verdict, promoted):
+            _place(task, settings)
+
+    return box
+
+
+def _place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
+    """The task with its image, environment, cache policy and, on a cluster, its resources."""
+    step = task.name
+    task.set_container_image(settings.image)
+    for name, value in settings.environment.items():
+        task.set_env_variable(name, value)
+    task.set_caching_options(step in (CACHED_LOCALLY if settings.local else CACHED))
+    if not settings.local:
+        heavy = step in HEAVY
+        task.set_cpu_limit(settings.cpu if heavy else settings.light_cpu)
+        task.set_memory_limit(settings.memory if heavy else settings.light_memory)
+        if heavy and settings.gpus:
+            task.set_accelerator_type(settings.gpu).set_accelerator_limit(settings.gpus)
+    return task

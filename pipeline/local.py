@@ -1,0 +1,307 @@
+"""The pipeline on this machine: every step a process, MLflow in a file, nothing else to install.
+
+`kfp.local` runs the graph. Two places of it are replaced while a pipeline runs, because it offers no other way: what
+starts a step's process (so that a person reads one line per event, the rest goes to a log file, and an interrupt ends
+every step), and where its own logging goes (from which cache hits are read).
+"""
+
+import builtins
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, Self
+
+from ffn import config as configuration
+from ffn.data.ingest import source_version
+from ffn.errors import FFNError
+from pipeline.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+GRACE_SECONDS = 10
+"""Between asking the steps to end and killing them."""
+AT_ONCE = 2
+"""Streams that kfp.local trains at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """The folder in which a machine keeps everything: runs, models, states, outputs, logs."""
+
+    root: Path
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's store: the environment's, or a file in the workspace."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs to use this workspace."""
+        given = {"MLFLOW_TRACKING_URI": self.tracking_uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        if self.tracking_uri.startswith("sqlite:"):
+            given["FFN_ARTIFACTS"] = (self.root / "mlartifacts").as_uri()
+        return given
+
+    def ui(self) -> str:
+        """The command that shows the runs, or the address where they are."""
+        if not self.tracking_uri.startswith("sqlite:"):
+            return self.tracking_uri
+        mlflow = Path(sys.executable).with_name("mlflow")
+        return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {mlflow} ui --workers 1 --backend-store-uri {self.tracking_uri}"
+
+
+def workspace(path: Path | str | None = None) -> Workspace:
+    """The workspace at `path`, else at FFN_WORKSPACE, else `.ffn` where the command runs."""
+    return Workspace(root=Path(path or os.environ.get("FFN_WORKSPACE", ".ffn")).resolve())
+
+
+def run(
+    *,
+    source: Path,
+    protocols: Sequence[str],
+    streams: Sequence[str],
+    preset: str,
+    overrides: Sequence[str] = (),
+    space: str = "3d",
+    name: str = "",
+    workspace: Workspace,
+) -> tuple[str, str]:
+    """Run the whole pipeline; returns the run's name and the table of results as Markdown.
+
+    Raises `FFNError` for input that does not fit, `StepFailed` where a step failed, KeyboardInterrupt when interrupted.
+    """
+    configuration.override(configuration.preset(preset), overrides)
+    version = source_version(source)
+    source = source.resolve()
+    for path in (workspace.root, source):
+        if "python3" in str(path):
+            raise FFNError(f"{path}: kfp.local rewrites the text 'python3' in every path; use a folder without it in its name")
+    name = name or f"{preset}-{configuration.digest(version, space, preset, list(overrides), list(protocols), list(streams))[:8]}"
+
+    from kfp import local
+
+    from pipeline.dag import build
+
+    threads = max(1, (os.cpu_count() or 1) // min(AT_ONCE, len(streams)))
+    settings = Settings(
+        image="local-python",
+        checkpoints=str(workspace.root / "checkpoints"),
+        local=True,
+        environment={"FFN_CODE": code_digest(), "OMP_NUM_THREADS": str(threads)},
+    )
+    pipeline = build(protocols, streams, settings)
+    kfp_root = workspace.root / "kfp"
+    steps = Steps(logs=workspace.root / "logs" / name, cache=kfp_root / "cache", environment=workspace.environment())
+    print(f"run {name}: {len(protocols)} protocols x {len(streams)} streams, preset {preset}; logs in {steps.logs}", flush=True)
+    with steps.watching():
+        local.init(
+            runner=local.SubprocessRunner(use_venv=False),
+            pipeline_root=str(kfp_root),
+            enable_caching=True,
+            cache_root=str(steps.cache),
+        )
+        try:
+            pipeline(
+                source=str(source), source_version=version, space=space, name=name, preset=preset, overrides=list(overrides)
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            steps.close(name)
+            raise
+        except RuntimeError as error:
+            if steps.failed:
+                raise steps.failed[0] from None
+            raise FFNError(f"the pipeline failed outside its steps: {error}") from error
+    return name, Path(steps.outputs["finish"]["table"]).read_text()
+
+
+class StepFailed(Exception):
+    """A step ended with an error: which one, what it said last, its exit status."""
+
+    def __init__(self, label: str, status: int, said: str, log: Path) -> None:
+        super().__init__(f"step {label} failed (exit status {status}): {said}; everything it said: {log}")
+        self.status, self.said = status, said
+
+
+@dataclass(kw_only=True)
+class Steps:
+    """The steps' processes: starts them for kfp.local, speaks of them, ends them."""
+
+    logs: Path
+    cache: Path
+    environment: Mapping[str, str]
+    outputs: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Step -> its output artifacts' paths, of those that ran."""
+    failed: list[StepFailed] = field(default_factory=list)
+    stopped: bool = False
+    _processes: set["subprocess.Popen[str]"] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside the block kfp.local starts its processes here and is otherwise silent."""
+        from kfp.local import subprocess_task_handler
+
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._scratch = self.logs / "tmp"
+        self._scratch.mkdir(exist_ok=True)
+        self._out = sys.stdout
+        root, start = logging.getLogger(), subprocess_task_handler.run_local_subprocess
+        level = root.level
+        in_main = threading.current_thread() is threading.main_thread()
+        handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+        speak = builtins.print
+        root.addFilter(self._heard)
+        root.setLevel(logging.INFO)
+        subprocess_task_handler.run_local_subprocess = self._start
+        try:
+            with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
+                yield
+        finally:
+            subprocess_task_handler.run_local_subprocess = start
+            builtins.print = speak  # kfp.local indents it, and parallel steps leave it so
+            root.removeFilter(self._heard)
+            root.setLevel(level)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def close(self, name: str) -> None:
+        """After an interrupt: wait for the steps to end, then close the parent run."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        for process in list(self._processes):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        self._signal(signal.SIGKILL)
+        call = f"run(name={name!r}, state='CANCELLED', out=Path({str(self.logs / 'results.md')!r}))"
+        code = f"from pathlib import Path; from components.finish.step import run; {call}"
+        subprocess.run([sys.executable, "-c", code], env=self._env(), capture_output=True, check=False)
+
+    def _start(self, full_command: list[str], env_vars: Mapping[str, str] | None = None) -> int:
+        """Stands in for kfp.local's `run_local_subprocess`: the step's exit status."""
+        if self.stopped:
+            return 128 + signal.SIGTERM
+        step = _Task.of(full_command)
+        log = self.logs / f"{step.label.replace(' ', '-').replace('/', '-')}.log"
+        began = time.monotonic()
+        self.say(step.label, "started")
+        with log.open("w") as everything:
+            process = subprocess.Popen(
+                full_command, env={**self._env(), **(env_vars or {})}, start_new_session=True, text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=everything,
+            )  # fmt: skip
+            with self._lock:
+                self._processes.add(process)
+            if self.stopped:
+                _kill(process, signal.SIGTERM)
+            assert process.stdout
+            for line in process.stdout:
+                everything.write(line)
+                everything.flush()
+                if line.startswith("ffn: "):
+                    self.say(step.label, line.removeprefix("ffn: ").rstrip())
+            status = process.wait()
+            with self._lock:
+                self._processes.discard(process)
+        if status:
+            failure = StepFailed(step.label, status, last_line(log), log)
+            if not self.stopped:
+                self.failed.append(failure)
+                self.say(step.label, f"failed after {time.monotonic() - began:.1f} s: {failure.said}")
+        else:
+            self.outputs[step.name] = step.outputs
+            self.say(step.label, f"done in {time.monotonic() - began:.1f} s")
+        return status
+
+    def say(self, label: str, text: str) -> None:
+        with self._lock:
+            self._out.write(f"{label:<26} {text}\n")
+            self._out.flush()
+
+    def _heard(self, record: logging.LogRecord) -> bool:
+        """Reads cache hits and warnings from kfp.local's log, and lets nothing of it through."""
+        text = record.getMessage()
+        if hit := re.match(r"Task (\S+) cache hit \(key=(\w+)", text):
+            self.say(_cached_label(hit[1], self.cache, hit[2]), "cached")
+        elif record.levelno == logging.WARNING:
+            self.say("kfp", text)
+        return False
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.stopped = True
+        self._signal(signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    def _signal(self, number: int) -> None:
+        for process in list(self._processes):
+            _kill(process, number)
+
+    def _env(self) -> dict[str, str]:
+        return {**os.environ, **self.environment, "TMPDIR": str(self._scratch), "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What a step's command line says of it."""
+
+    name: str
+    label: str
+    """`train ntu60-xsub/j`, as far as its inputs say."""
+    outputs: dict[str, str]
+    """Output artifact -> path."""
+
+    @classmethod
+    def of(cls, command: Sequence[str]) -> Self:
+        name = command[command.index("--function_to_execute") + 1]
+        said = json.loads(command[command.index("--executor_input") + 1])
+        facts: dict[str, Any] = {}
+        for artifacts in said.get("inputs", {}).get("artifacts", {}).values():
+            first, *others = [artifact.get("metadata", {}) for artifact in artifacts["artifacts"]]
+            facts |= {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+        facts |= said.get("inputs", {}).get("parameterValues", {})
+        outputs = {key: value["artifacts"][0]["uri"] for key, value in said["outputs"].get("artifacts", {}).items()}
+        return cls(name=name, label=_label(name, facts), outputs=outputs)
+
+
+def _label(step: str, facts: Mapping[str, Any]) -> str:
+    model = re.match(r"models:/ffn-([^/]+)/", str(facts.get("model", "")))
+    protocol = facts.get("protocol") or (model[1] if model else None)
+    return f"{step} {'/'.join(str(part) for part in (protocol, facts.get('stream')) if part)}".strip()
+
+
+def _cached_label(task: str, cache: Path, key: str) -> str:
+    """The label of a step that did not run, from the metadata of what it wrote when it did."""
+    facts: dict[str, Any] = {}
+    for entry in cache.glob(f"{key}*.json"):
+        for output in json.loads(entry.read_text()).values():
+            facts |= output.get("metadata", {}) if isinstance(output, dict) else {"model": output}
+    return _label(task, facts)
+
+
+def code_digest() -> str:
+    """Names the code of the steps, which kfp.local's cache keys leave out."""
+    files = sorted(path for room in ("ffn", "components") for path in (ROOT / room).rglob("*.py"))
+    return configuration.digest([(str(path.relative_to(ROOT)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
+
+
+def last_line(log: Path) -> str:
+    """The line of a step's log that says what went wrong: its clear one, or else its last."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    clear = [line.removeprefix("ffn: error: ") for line in lines if line.startswith("ffn: error: ")]
+    return (clear or lines or ["(nothing)"])[-1]
+
+
+def _kill(process: "subprocess.Popen[str]", number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

@@ -1,0 +1,155 @@
+"""The compiled pipeline: what a cluster is told, and what compiling may not load."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from kfp import compiler
+
+from ffn.config import STREAMS
+from ffn.errors import FFNError
+from ffn.protocols import NTU_PROTOCOLS
+from pipeline import picture
+from pipeline.dag import build
+from pipeline.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+DIGEST = "registry.example/ffn-python@sha256:" + "0" * 64
+
+
+def compiled(path: Path, settings: Settings) -> dict[str, Any]:
+    compiler.Compiler().compile(build(NTU_PROTOCOLS, tuple(STREAMS), settings), str(path))
+    return next(yaml.load_all(path.read_text(), Loader=yaml.CSafeLoader))
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return compiled(tmp_path_factory.mktemp("spec") / "pipeline.yaml", Settings(image=DIGEST, gpus=2, environment={"A": "b"}))
+
+
+def tasks(spec: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Step -> its tasks, all protocols."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    dags = [spec["root"]["dag"], *(component["dag"] for component in spec["components"].values() if "dag" in component)]
+    for dag in dags:
+        for task in dag["tasks"].values():
+            found.setdefault(task["taskInfo"]["name"], []).append(task)
+    return found
+
+
+def container(spec: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
+    component = spec["components"][task["componentRef"]["name"]]
+    return spec["deploymentSpec"]["executors"][component["executorLabel"]]["container"]
+
+
+def test_every_protocol_trains_every_stream(spec: dict[str, Any]) -> None:
+    found = tasks(spec)
+    assert {name: len(found[name]) for name in ("begin", "ingest", "train", "fuse", "promote", "finish")} == {
+        "begin": 1, "ingest": 1, "train": 4, "fuse": 4, "promote": 4, "finish": 1,
+    }  # fmt: skip
+    loops = found["streams"]
+    assert [json.loads(loop["parameterIterator"]["items"]["raw"]) for loop in loops] == [list(STREAMS)] * 4
+    protocols = {task["inputs"]["parameters"]["protocol"]["runtimeValue"]["constant"] for task in found["train"]}
+    assert protocols == set(NTU_PROTOCOLS)
+
+
+def test_a_cluster_is_asked_for_gpus_where_they_are_used(spec: dict[str, Any]) -> None:
+    asked = {
+        name: {container(spec, task)["resources"].get("accelerator", {}).get("resourceCount", "0") for task in of}
+        for name, of in tasks(spec).items()
+        if "executorLabel" in spec["components"][of[0]["componentRef"]["name"]]
+    }
+    assert asked == {name: {"2" if name in ("train", "evaluate") else "0"} for name in asked}
+    assert len(asked) == 9
+
+
+def test_every_step_runs_in_the_image_of_the_settings(spec: dict[str, Any]) -> None:
+    for of in tasks(spec).values():
+        for task in of:
+            if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
+                assert container(spec, task)["image"] == DIGEST
+                assert container(spec, task)["env"] == [{"name": "A", "value": "b"}]
+
+
+def test_only_steps_without_side_effects_are_cached_on_a_cluster(spec: dict[str, Any]) -> None:
+    cached = {name for name, of in tasks(spec).items() for task in of if task.get("cachingOptions", {}).get("enableCache")}
+    assert cached == {"ingest", "evaluate"}
+
+
+def test_on_this_machine_nothing_is_asked_for_and_work_is_cached(tmp_path: Path) -> None:
+    spec = compiled(tmp_path / "pipeline.yaml", Settings(local=True))
+    of = tasks(spec)
+    assert "resources" not in container(spec, of["train"][0])
+    assert {name for name in of for task in of[name] if task.get("cachingOptions", {}).get("enableCache")} == {
+        "ingest", "train", "evaluate", "fuse", "register",
+    }  # fmt: skip
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFN_IMAGE", DIGEST)
+    monkeypatch.setenv("FFN_GPUS", "4")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    settings = Settings.from_environment()
+    assert (settings.image, settings.gpus, settings.local) == (DIGEST, 4, False)
+    assert settings.environment["MLFLOW_TRACKING_URI"] == "http://mlflow"
+    assert "secret" not in str(settings)
+    monkeypatch.setenv("FFN_GPUS", "many")
+    with pytest.raises(FFNError, match="FFN_GPUS='many': expected a whole number"):
+        Settings.from_environment()
+
+
+def test_compiling_loads_neither_torch_nor_mlflow(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pipeline.cli import main
+assert main(["compile", "--out", {str(tmp_path / "pipeline.yaml")!r}]) == 0
+loaded = {{"torch", "mlflow", "pandas", "matplotlib"}} & set(sys.modules)
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "pipeline.yaml").is_file()
+
+
+def test_imports_go_one_way() -> None:
+    from importlinter.cli import lint_imports
+
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+def test_the_picture_in_the_docs_is_the_compiled_pipeline(tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    compiled(path, Settings())
+    graph = picture.read(path)
+    drawn: dict[str, set[str]] = {}
+    for group in ElementTree.parse(ROOT / "docs" / "dag.svg").iter("{http://www.w3.org/2000/svg}g"):
+        title = group.find("{http://www.w3.org/2000/svg}title")
+        assert title is not None
+        drawn.setdefault(group.attrib["class"], set()).add(title.text or "")
+    assert drawn["node"] == set(graph.nodes)
+    assert drawn["cluster"] == {f"cluster_{box}" for box in graph.boxes}
+    assert drawn["edge"] == {f"{before} -> {after}" for before, after in graph.edges}
+    assert {"run/ntu60-xsub/streams/train", "run/ntu60-xview", "finish"} <= drawn["node"]
+    assert "run/ntu60-xsub/fuse -> run/ntu60-xsub/register" in drawn["edge"]
+
+
+def test_a_protocol_that_does_something_else_is_drawn_on_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    spec = compiled(tmp_path / "whole.yaml", Settings())
+    del spec["components"]["comp-ntu60-xview"]["dag"]["tasks"]["gate"]
+    del spec["components"]["comp-ntu60-xview"]["dag"]["tasks"]["condition-3"]
+    path.write_text(json.dumps(spec))
+    boxes = picture.read(path).boxes
+    assert {"run/ntu60-xsub", "run/ntu60-xview"} <= set(boxes)
+    assert "run/ntu120-xsub" not in boxes
+
+
+def test_a_file_that_is_no_pipeline_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: [")
+    with pytest.raises(FFNError, match=r"x\.yaml: not a compiled pipeline"):
+        picture.read(tmp_path / "x.yaml")
