@@ -20,7 +20,7 @@ from ffn.errors import FFNError
 from ffn.layouts import Layout
 
 if TYPE_CHECKING:
-    from ffn.model.network import Network
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +79,16 @@ def write(folder: Path | str, checkpoint: Checkpoint, weights: bytes, history: l
     return Path(folder)
 
 
-def load(folder: Path | str, device: str = "cpu") -> tuple[Checkpoint, "Network"]:
+def load(folder: Path | str, device: str = "cpu") -> tuple[Checkpoint, "nn.Module"]:
     """The checkpoint's description and its network in evaluation mode. Raises `FFNError` where weights and config disagree."""
     # Imported here, so that steps which only read descriptions start without torch.
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from ffn.model.network import Network
+    from ffn.model.network import build
 
     checkpoint = read_meta(folder)
-    network = Network(checkpoint.config.model, checkpoint.layout, len(checkpoint.classes))
+    network = build(checkpoint.config.model, checkpoint.layout, len(checkpoint.classes))
     path = Path(folder) / "model.safetensors"
     try:
         network.load_state_dict(load_file(path))

@@ -27,12 +27,14 @@ FUSIONS: dict[str, dict[str, float]] = {
 class ModelConfig:
     """The network: which module stands in each place of the ten basic blocks."""
 
+    network: Literal["ffn", "st-gcn++", "2s-agcn", "aagcn", "ctr-gcn", "ms-g3d"] = "ffn"
+    """`ffn`, or a rival of Table 8: of the fields below a rival knows `width` only."""
     spatial: Literal["gcn", "esf"] = "gcn"
     """`gcn`: ST-GCN's graph convolution; `esf`: ESF-GCN (section 2.1)."""
     temporal: Literal["tcn", "msf"] = "tcn"
     """`tcn`: one 9x1 convolution; `msf`: MSF-TCN (section 2.2)."""
-    attention: Literal["none", "mscam", "aff"] = "none"
-    """What follows MSF-TCN (section 2.3)."""
+    attention: Literal["none", "cvsta", "drop", "mscam", "aff"] = "none"
+    """What follows MSF-TCN (sections 2.3 and 3.4)."""
     alpha: float = 0.2
     """Weight of the original features that the spatial shift subtracts (Eq. 2)."""
     reduction: int = 1
@@ -105,22 +107,43 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
-def _row(base: Config, preset: str, **changes: Any) -> Config:
-    """`base` under another name, the model changed as said."""
-    return replace(base, preset=preset, model=replace(base.model, **changes))
+def _row(base: Config, preset: str, *, loss: LossConfig | None = None, epochs: int | None = None, **model: Any) -> Config:
+    """`base` under another name, with another loss, number of epochs, or fields of the model."""
+    return replace(
+        base,
+        preset=preset,
+        model=replace(base.model, **model),
+        loss=loss or base.loss,
+        training=replace(base.training, epochs=epochs or base.training.epochs),
+    )
 
 
 S0 = Config(preset="S0")  # Table 1, row S0: ST-GCN
-S1 = _row(S0, "S1", spatial="esf")  # Table 1, row S1
-S0_2 = _row(S0, "S0-2", temporal="msf")  # Table 2, row S0-2
-S2 = _row(S0, "S2", spatial="esf", temporal="msf")  # Table 2, row S2
-S3_AFF1 = _row(S2, "S3-aff1", attention="aff")  # Table 3, row S3(AFF-1)
-S4 = replace(  # Table 7, row S4: FFN
-    S3_AFF1,
-    preset="S4",
-    loss=LossConfig(name="two_stage"),
-    training=replace(S0.training, epochs=110),
+S0_FOCAL = _row(S0, "S0-focal", loss=LossConfig(name="focal"))  # Table 6, row S0(Focal Loss)
+S0_POLY = _row(S0, "S0-poly", loss=LossConfig(name="poly"))  # Table 6, row S0(Poly Loss)
+# Table 6, rows S0(Two-stage Loss-2), -4 and -6; 110 epochs by section 3.1
+S0_TWO_STAGE = tuple(
+    _row(S0, f"S0-two-stage-{cycle}", loss=LossConfig(name="two_stage", cycle_factor=float(cycle)), epochs=110)
+    for cycle in (2, 4, 6)
 )
+S1 = _row(S0, "S1", spatial="esf")  # Table 1, row S1
+S1_ALPHA = tuple(  # Fig. 4, alpha from 0 to 1; 0.2 is S1
+    _row(S1, f"S1-alpha{tenth / 10:.1f}", alpha=tenth / 10) for tenth in range(11) if tenth / 10 != S1.model.alpha
+)
+S0_2 = _row(S0, "S0-2", temporal="msf")  # Table 2, row S0-2
+S2 = _row(S1, "S2", temporal="msf")  # Table 2, row S2
+S3_CVSTA = _row(S2, "S3-cvsta", attention="cvsta")  # Table 3, row S3(CVSTA)
+S3_DROP = _row(S2, "S3-drop", attention="drop")  # Table 3, row S3(Drop-att)
+S3_MSCAM = _row(S2, "S3-mscam", attention="mscam")  # Table 3, row S3(MS-CAM)
+S3_AFF1 = _row(S2, "S3-aff1", attention="aff")  # Table 3, row S3(AFF-1)
+S3_AFF2 = _row(S3_AFF1, "S3-aff2", reduction=2)  # Table 3, row S3(AFF-2)
+S3_AFF4 = _row(S3_AFF1, "S3-aff4", reduction=4)  # Table 3, row S3(AFF-4)
+S4 = _row(S3_AFF1, "S4", loss=LossConfig(name="two_stage"), epochs=110)  # Table 7, row S4: FFN; Table 8, Proposed
+STGCNPP = _row(S0, "ST-GCN++", network="st-gcn++")  # Table 8, row ST-GCN++; the rivals under the recipe of S0
+AGCN = _row(S0, "2s-AGCN", network="2s-agcn")  # Table 8, row 2s-AGCN
+AAGCN = _row(S0, "AAGCN", network="aagcn")  # Table 8, row AAGCN
+CTRGCN = _row(S0, "CTR-GCN", network="ctr-gcn")  # Table 8, row CTR-GCN
+MSG3D = _row(S0, "MS-G3D", network="ms-g3d")  # Table 8, row MS-G3D
 # Not of the paper: S4 for two CPU cores, a quarter of the width, six blocks, a third of the frames; about 14 ms per clip,
 # person and training step of one core. Few recordings ask for augmentation.
 S4_SMALL = replace(
@@ -131,7 +154,14 @@ S4_SMALL = replace(
     training=replace(S4.training, epochs=20, batch_size=16),
 )
 
-PRESETS: dict[str, Config] = {config.preset: config for config in (S0, S0_2, S1, S2, S3_AFF1, S4, S4_SMALL)}
+PRESETS: dict[str, Config] = {
+    config.preset: config
+    for config in (
+        *(S0, S0_FOCAL, S0_POLY, *S0_TWO_STAGE, S0_2, S1, *S1_ALPHA, S2),
+        *(S3_CVSTA, S3_DROP, S3_MSCAM, S3_AFF1, S3_AFF2, S3_AFF4, S4, S4_SMALL),
+        *(STGCNPP, AGCN, AAGCN, CTRGCN, MSG3D),
+    )
+}
 """Name -> configuration."""
 
 

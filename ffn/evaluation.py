@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from ffn import checkpoint
 from ffn.data.sampler import Sampler
 from ffn.data.store import SkeletonSet
 from ffn.errors import FFNError
-from ffn.model.network import Network
 from ffn.scores import Scores
 
 BATCH = 64
@@ -46,7 +46,7 @@ def evaluate(data: SkeletonSet, folder: Path | str, *, device: str | None = None
 
 
 @torch.inference_mode()
-def predict(network: Network, sampler: Sampler, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+def predict(network: nn.Module, sampler: Sampler, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """(N, K) softmax of the samples `rows`, mean over the sampler's test clips."""
     device = sampler.keypoints.device
     batches = []

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from ffn import checkpoint
 from ffn.checkpoint import Checkpoint, publishing_folder, read_meta
@@ -16,14 +17,13 @@ from ffn.data.persons import canonical_persons
 from ffn.data.sampler import Sampler
 from ffn.errors import FFNError
 from ffn.evaluation import predict
-from ffn.model.network import Network
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusedModel:
     """The streams of one protocol and their weights; a single stream is a fusion of one."""
 
-    streams: Mapping[str, tuple[Checkpoint, Network]]
+    streams: Mapping[str, tuple[Checkpoint, nn.Module]]
     weights: Mapping[str, float]
 
     @classmethod

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffn import checkpoint
 from ffn.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from ffn.data.sampler import Sampler
 from ffn.data.store import SkeletonSet, publishing
 from ffn.errors import FFNError
 from ffn.losses import loss
-from ffn.model.network import Network
+from ffn.model.network import build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def train(
     require_trainable(config)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with deterministic(recipe.seed):
-        network = Network(config.model, data.layout, len(split.classes)).to(where)
+        network = build(config.model, data.layout, len(split.classes)).to(where)
         optimizer = torch.optim.SGD(
             network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
         )
@@ -106,7 +106,7 @@ def train(
 
 
 def run_epoch(
-    network: Network,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     sampler: Sampler,
     rows: np.ndarray[Any, np.dtype[np.int64]],
@@ -185,7 +185,7 @@ def require_trainable(config: Config) -> None:
         raise FFNError(f"setting loss.cycle_factor={config.loss.cycle_factor}: expected more than 1")
 
 
-def preserve(path: Path, network: Network, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]]) -> None:
+def preserve(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]]) -> None:
     """Write weights, momenta and history to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
@@ -195,7 +195,7 @@ def preserve(path: Path, network: Network, optimizer: torch.optim.Optimizer, his
         save_file(_cpu(tensors), partial, metadata={"history": json.dumps(history)})
 
 
-def restore(path: Path, network: Network, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def restore(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Read what `preserve` wrote into `network` and `optimizer`; returns the history."""
     try:
         with safe_open(path, framework="pt") as state:

@@ -33,6 +33,57 @@ class MSCAMGate(nn.Module):
         return gated
 
 
+class CVSTA(nn.Module):
+    """The row S3(CVSTA): X weighed by frame and by joint, every channel for itself: X · a_T · a_V.
+
+    Means over the joints and over the frames lie side by side, (B, C, T + V, 1), for one 1x1 convolution, batch-norm and
+    Hardswish; a 1x1 convolution, batch-norm and sigmoid each make a_T (B, C, T, 1) and a_V (B, C, 1, V).
+    Source: the counts of Table 5. The paper cites MDR-GCN for CVSTA, whose module also learns a graph, and does not say how
+    it was attached; this is the attention by frame and joint of EfficientGCN (ST-JointAtt), also found in MDR-GCN's code,
+    without its compression of channels: both columns fit.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.enter = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Hardswish())
+        self.frames = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Sigmoid())
+        self.joints = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Sigmoid())
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        means = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)], 2)
+        frames, joints = self.enter(means).split([x.shape[2], x.shape[3]], 2)
+        weighed: Tensor = x * self.frames(frames) * self.joints(joints.transpose(2, 3))
+        return weighed
+
+
+class DropAttention(nn.Module):
+    """The row S3(Drop-att): training hides what stands out most, so that the network learns from the rest. No parameters.
+
+    With d = (x - mean)^2 over (T, V) of a channel and s^2 its variance, a = sigmoid(d / (4 (s^2 + 1e-4)) + 0.5). Joints whose
+    a, averaged over channels and frames, reaches `keep_prob` become zero; then every value whose own a does; what is kept
+    grows by the share that was hidden. Nothing is drawn by chance. The mean of a stays below sigmoid(0.75) = 0.68, so above
+    that a threshold never hides everything. The identity at evaluation.
+    Source: SkeAttnCLR (arXiv 2305.00666), whose code builds it with 0.7; a is SimAM's. How it was attached the paper leaves
+    open: at the end of MSF-TCN here, as the others.
+    """
+
+    def __init__(self, *, keep_prob: float = 0.7) -> None:
+        super().__init__()
+        self.keep_prob = keep_prob
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        with torch.no_grad():
+            square = (x.float() - x.float().mean((2, 3), keepdim=True)).square()
+            variance = square.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3] - 1)
+            a = torch.sigmoid(square / (4 * (variance + 1e-4)) + 0.5)
+            joints = (a.mean((1, 2), keepdim=True) < self.keep_prob).float()
+            entries = (a < self.keep_prob).float()
+            kept = joints / joints.mean() * entries / entries.mean()
+        return x * kept.to(x.dtype)
+
+
 class AFF(nn.Module):
     """Attentional feature fusion of the output X of MSF-TCN with its input Y: X·M(X+Y) + Y·(1 - M(X+Y)).
 

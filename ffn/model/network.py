@@ -1,14 +1,45 @@
 """The network: ten basic blocks, global average pooling, one linear layer."""
 
+from collections.abc import Callable
+from dataclasses import fields
+
 import torch
 from torch import Tensor, nn
 
 from ffn.config import ModelConfig
+from ffn.errors import FFNError
 from ffn.layouts import Layout
-from ffn.model.attention import AFF, MSCAMGate
+from ffn.model.attention import AFF, CVSTA, DropAttention, MSCAMGate
 from ffn.model.graph import spatial_adjacency
+from ffn.model.rivals.aagcn import AAGCN
+from ffn.model.rivals.agcn import AGCN
+from ffn.model.rivals.ctrgcn import CTRGCN
+from ffn.model.rivals.msg3d import MSG3D
+from ffn.model.rivals.stgcnpp import STGCNPP
 from ffn.model.spatial import ESFGCN, GCN
 from ffn.model.temporal import MSFTCN, TCN
+
+RIVALS: dict[str, Callable[..., nn.Module]] = {
+    "st-gcn++": STGCNPP,
+    "2s-agcn": AGCN,
+    "aagcn": AAGCN,
+    "ctr-gcn": CTRGCN,
+    "ms-g3d": MSG3D,
+}
+
+
+def build(config: ModelConfig, layout: Layout, classes: int) -> nn.Module:
+    """The network `config` describes: clips (N, M, T, V, C) float to class logits (N, K).
+
+    Raises `FFNError` where a rival is given a setting that it does not know.
+    """
+    if config.network == "ffn":
+        return Network(config, layout, classes)
+    known = ModelConfig(network=config.network, width=config.width)
+    for field in fields(config):
+        if getattr(config, field.name) != getattr(known, field.name):
+            raise FFNError(f"setting model.{field.name}: {config.network} has none, only model.width")
+    return RIVALS[config.network](layout, classes, width=config.width)
 
 
 class Block(nn.Module):
@@ -33,6 +64,10 @@ class Block(nn.Module):
             self.attention = AFF(out_channels, reduction=config.reduction, stride=stride)
         elif config.attention == "mscam":
             self.attention = MSCAMGate(out_channels, reduction=config.reduction)
+        elif config.attention == "cvsta":
+            self.attention = CVSTA(out_channels)
+        elif config.attention == "drop":
+            self.attention = DropAttention()
         self.residual: nn.Module | None = None
         if residual:
             self.residual = nn.Identity()

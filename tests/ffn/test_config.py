@@ -57,6 +57,12 @@ def test_an_unknown_setting_in_a_checkpoint_is_an_error():
         from_dict(plain)
 
 
+def test_a_checkpoint_from_before_the_rivals_is_ffn():
+    plain = to_dict(preset("S4"))
+    del plain["model"]["network"]
+    assert from_dict(plain) == preset("S4")
+
+
 def test_digest_names_content():
     assert digest(1, {"a": 2, "b": 3}) == digest(1, {"b": 3, "a": 2}) != digest(1, {"a": 2, "b": 4})
 

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from ffn.config import LossConfig
+from ffn.config import PRESETS, LossConfig
 from ffn.losses import loss
 
 
-def formula(name, p, *, epoch, epochs):
-    """The loss of true-class probabilities `p`, gamma = gamma_hc = 2, f_c = 4, epsilon = 1."""
+def formula(name, p, *, epoch, epochs, cycle=4):
+    """The loss of true-class probabilities `p`, gamma = gamma_hc = 2, f_c = `cycle`, epsilon = 1."""
     if name == "focal":
         return np.mean(-((1 - p) ** 2) * np.log(p))
     if name == "poly":
         return np.mean(-np.log(p) + (1 - p))
-    if name == "two_stage" and epoch > epochs / 4:
-        xi = (4 * epoch / epochs - 1) / 3
+    if name == "two_stage" and epoch > epochs / cycle:
+        xi = (cycle * epoch / epochs - 1) / (cycle - 1)
         return np.mean(xi * -((1 + p) ** 2) * np.log(p) + (1 - xi) * -((1 - p) ** 2) * np.log(p))
     return np.mean(-np.log(p))
 
@@ -28,6 +28,22 @@ def test_loss_is_its_formula(name, epoch):
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     got = loss(LossConfig(name=name), torch.tensor(logits), torch.tensor(labels), epoch=epoch, epochs=8)
     assert float(got) == pytest.approx(formula(name, shares[range(30), labels], epoch=epoch, epochs=8), rel=1e-5)
+
+
+@pytest.mark.parametrize("cycle", [2, 4, 6])
+def test_two_stage_is_its_formula_in_every_epoch_of_the_paper(cycle):
+    """The rows of Table 6: 110 epochs, of which 55, 27 and 18 are cross-entropy."""
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(20, 5)) * 4, rng.integers(0, 5, 20)
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    config = PRESETS[f"S0-two-stage-{cycle}"]
+    plain = []
+    for epoch in range(1, config.training.epochs + 1):
+        got = float(loss(config.loss, torch.tensor(logits), torch.tensor(labels), epoch=epoch, epochs=110))
+        expected = formula("two_stage", shares[range(20), labels], epoch=epoch, epochs=110, cycle=cycle)
+        assert got == pytest.approx(expected, rel=1e-5), epoch
+        plain.append(got == pytest.approx(formula("cross_entropy", shares[range(20), labels], epoch=epoch, epochs=110), rel=1e-5))
+    assert sum(plain) == 110 // cycle
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "focal", "poly", "two_stage"])

@@ -54,6 +54,26 @@ def test_it_learns_and_the_last_epoch_is_published(toys, tmp_path):
     np.testing.assert_allclose(scores.probabilities.sum(1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["ST-GCN++", "2s-AGCN", "AAGCN", "CTR-GCN", "MS-G3D"])
+def test_a_rival_trains_resumes_and_is_evaluated(name, toys, tmp_path):
+    small = [setting for setting in SMALL if setting != "model.depths=1,1"]
+    config = override(preset(name), [*small, "training.epochs=2"])
+    out, epochs = tmp_path / "out", []
+
+    def stop(epoch):
+        epochs.append(epoch.epoch)
+        if epochs == [1]:
+            raise Interrupted
+
+    options = {"protocol": "p", "stream": "j", "config": config, "out": out, "state_dir": tmp_path, "progress": False}
+    with pytest.raises(Interrupted):
+        train(toys, on_epoch=stop, **options)
+    train(toys, on_epoch=stop, **options)
+    assert epochs == [1, 2]
+    assert checkpoint.read_meta(out).config.model.network == config.model.network
+    np.testing.assert_allclose(evaluate(toys, out).probabilities.sum(1), 1, rtol=1e-5)
+
+
 class Interrupted(Exception):
     pass
 
@@ -107,7 +127,7 @@ def test_every_epoch_samples_anew(toys):
         seen.append(dict(zip(index.tolist(), clips, strict=True)))
         return clips
 
-    network = training.Network(preset("S0").model, toys.layout, 3)
+    network = training.build(preset("S0").model, toys.layout, 3)
     sampler = Sampler.of(toys, "j", ClipConfig(frames=6, persons=1))
     config = override(preset("S0"), ["training.batch_size=100"])
     network.forward = lambda x: torch.zeros(len(x), 3, requires_grad=True)  # type: ignore[method-assign]
