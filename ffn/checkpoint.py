@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from ffn.layouts import Layout
 
 if TYPE_CHECKING:
     from torch import nn
+
+FILES = ("config.json", "labels.json", "history.json", "model.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class Checkpoint:
     protocol: str
     stream: str
     data_digest: str
+    key: str
+    """`train_key` of the training that made it."""
     image_size: tuple[int, int] = (0, 0)
     """2D: (width, height) in pixels of the training recordings, for recordings that bring none."""
 
@@ -52,6 +56,7 @@ def read_meta(folder: Path | str) -> Checkpoint:
             protocol=said["protocol"],
             stream=said["stream"],
             data_digest=said["data_digest"],
+            key=said["key"],
             image_size=tuple(said["image_size"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -70,7 +75,7 @@ def write(folder: Path | str, checkpoint: Checkpoint, weights: bytes, history: l
         said = {
             "config": config.to_dict(checkpoint.config),
             "layout": dataclasses.asdict(checkpoint.layout),
-            **{name: getattr(checkpoint, name) for name in ("space", "protocol", "stream", "data_digest", "image_size")},
+            **{name: getattr(checkpoint, name) for name in ("space", "protocol", "stream", "data_digest", "key", "image_size")},
         }
         (partial / "config.json").write_text(json.dumps(said, indent=1))
         (partial / "labels.json").write_text(json.dumps(checkpoint.classes, indent=1))
@@ -97,9 +102,22 @@ def load(folder: Path | str, device: str = "cpu") -> tuple[Checkpoint, "nn.Modul
     return checkpoint, network.to(device).eval()
 
 
+def require_replaceable(folder: Path, names: Collection[str] = FILES) -> None:
+    """Raise `FFNError` where `folder` is a file, or holds a file whose name is not among `names`."""
+    if folder.exists() and not folder.is_dir():
+        raise FFNError(f"{folder}: is a file; name a folder that is new")
+    strangers = sorted(file.name for file in folder.iterdir() if file.name not in names) if folder.is_dir() else []
+    if strangers:
+        raise FFNError(f"{folder}: holds {strangers[0]}, which would be lost; name a folder that is new or empty")
+
+
 @contextlib.contextmanager
 def publishing_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`, and move it into its place when the block ends without an error."""
+    """Yield an empty folder beside `folder`, and move it into its place when the block ends without an error.
+
+    A folder that stands there is replaced only by its like: `FFNError` where it holds anything that the new one does not.
+    """
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -107,6 +125,7 @@ def publishing_folder(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        require_replaceable(folder, {file.name for file in partial.iterdir()})
         if folder.exists():
             os.rename(folder, old)
         os.rename(partial, folder)

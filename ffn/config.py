@@ -197,6 +197,36 @@ def override(config: Config, settings: Iterable[str]) -> Config:
     return config
 
 
+def require_trainable(config: Config) -> None:
+    """Raise `FFNError` for the first setting that no training can run with."""
+    model, clip, loss, recipe = config.model, config.clip, config.loss, config.training
+    rules = {
+        "model.width": (model.width > 0 and model.width % 8 == 0, "a multiple of 8"),
+        "model.depths": (bool(model.depths) and min(model.depths) >= 1, "one block or more in every stage"),
+        "model.reduction": (model.reduction >= 1 and model.width % model.reduction == 0, "a divisor of model.width"),
+        "model.dropout": (0 <= model.dropout < 1, "0 or more and less than 1"),
+        "clip.frames": (clip.frames >= 2, "at least 2"),
+        "clip.persons": (clip.persons in (1, 2), "1 or 2"),
+        "clip.test_clips": (clip.test_clips >= 1, "at least 1"),
+        "clip.rotate": (clip.rotate >= 0, "0 or more radians"),
+        "clip.scale": (0 <= clip.scale < 1, "0 or more and less than 1"),
+        "loss.cycle_factor": (loss.name != "two_stage" or loss.cycle_factor > 1, "more than 1"),
+        "loss.gamma": (loss.gamma >= 0, "0 or more"),
+        "loss.gamma_hc": (loss.gamma_hc >= 0, "0 or more"),
+        "loss.smoothing": (0 <= loss.smoothing < 1, "0 or more and less than 1"),
+        "training.epochs": (recipe.epochs >= 1, "at least 1"),
+        "training.batch_size": (recipe.batch_size >= 4, "at least 4"),
+        "training.lr": (recipe.lr > 0, "a positive number"),
+        "training.momentum": (0 < recipe.momentum < 1, "more than 0 and less than 1"),
+        "training.weight_decay": (recipe.weight_decay >= 0, "0 or more"),
+        "training.warmup_epochs": (0 <= recipe.warmup_epochs < recipe.epochs, "0 or more and less than training.epochs"),
+    }
+    for name, (holds, expected) in rules.items():
+        if not holds:
+            section, _, item = name.partition(".")
+            raise FFNError(f"setting {name}={getattr(getattr(config, section), item)}: expected {expected}")
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """`config` as plain JSON types."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))

@@ -52,11 +52,11 @@ def predict(network: nn.Module, sampler: Sampler, rows: NDArray[np.int64]) -> ND
     batches = []
     for batch in torch.split(torch.from_numpy(rows), BATCH):
         index = batch.to(device)
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         for number in range(sampler.clip.test_clips):
             clips = sampler.test_batch(index, number)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = network(clips)
-            total = total.to(device) + logits.float().softmax(1)
+            total = total + logits.float().softmax(1)
         batches.append((total / sampler.clip.test_clips).cpu())
     return torch.cat(batches).numpy()

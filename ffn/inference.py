@@ -13,7 +13,7 @@ from torch import nn
 
 from ffn import checkpoint
 from ffn.checkpoint import Checkpoint, publishing_folder, read_meta
-from ffn.data.persons import canonical_persons
+from ffn.data.readers.source import arrange, check_finite
 from ffn.data.sampler import Sampler
 from ffn.errors import FFNError
 from ffn.evaluation import predict
@@ -49,7 +49,7 @@ class FusedModel:
         """(N, K) probabilities of N recordings, each (M, T, V, 3): metres in 3D, or pixels and a score in 2D.
 
         `image_size` (width, height) of 2D recordings; the training recordings' size where it is not given.
-        Raises `FFNError` where a recording has another shape, no frame with a person, or numbers that are not finite.
+        Raises `FFNError` where a recording has another shape, no frame with a person, or a joint that is not finite in float16.
         """
         ready = [self._prepared(number, clip) for number, clip in enumerate(clips)]
         rows = np.arange(len(ready))
@@ -64,19 +64,13 @@ class FusedModel:
         return (total / sum(self.weights.values())).astype(np.float32)
 
     def _prepared(self, number: int, clip: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-        """The recording as the store would hold it."""
-        joints = len(self.meta.layout.joints)
-        clip = np.asarray(clip, np.float32)
+        """The recording as ingestion would store it."""
+        where, joints = f"recording {number}", len(self.meta.layout.joints)
+        clip = np.asarray(clip, np.float64)
         if clip.ndim != 4 or clip.shape[2:] != (joints, 3) or not clip.shape[0] or not clip.shape[1]:
-            raise FFNError(f"recording {number}: keypoints {clip.shape}, expected (persons, frames, {joints}, 3)")
-        if not np.isfinite(clip).all():
-            raise FFNError(f"recording {number}: keypoints that are not finite numbers")
-        clip = clip[:2].astype(np.float16)
-        if self.meta.space == "3d":
-            clip = canonical_persons(clip)
-            if not clip.shape[1]:
-                raise FFNError(f"recording {number}: no frame shows a person")
-        return clip.astype(np.float32)
+            raise FFNError(f"{where}: keypoints {clip.shape}, expected (persons, frames, {joints}, 3)")
+        check_finite(clip[:2], self.meta.layout, where)
+        return arrange(clip, self.meta.space, where).astype(np.float16).astype(np.float32)
 
 
 def write_fused(folder: Path | str, checkpoints: Mapping[str, Path], weights: Mapping[str, float]) -> Path:

@@ -8,7 +8,8 @@ from ffn.config import LossConfig
 
 
 def loss(config: LossConfig, logits: Tensor, labels: Tensor, *, epoch: int, epochs: int) -> Tensor:
-    """Mean loss of a batch, (N, K) logits and (N,) labels, in epoch `epoch` (from 1) of `epochs`."""
+    """Mean loss of a batch, (N, K) logits and (N,) labels, in epoch `epoch` (from 1) of `epochs`; float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if config.name == "two_stage":
         return two_stage(logits, labels, config, epoch=epoch, epochs=epochs)
     if config.name == "focal":
@@ -45,4 +46,4 @@ def two_stage(logits: Tensor, labels: Tensor, config: LossConfig, *, epoch: int,
 
 
 def _log_p(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]

@@ -48,6 +48,7 @@ UCLA_ACTIONS: dict[int, str] = {
 
 _NTU = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R(\d{3})A(\d{3})", re.ASCII)
 _NTU_LARGEST = {"setup": 32, "camera": 3, "action": 120}
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _UCLA = re.compile(r"a(\d{2})_s(\d{2})_e(\d{2})_v(\d{2})", re.ASCII)
 
 
@@ -70,6 +71,16 @@ class UclaName:
     subject: int
     episode: int
     view: int
+
+
+def require_name(what: str, name: str) -> None:
+    """Raise `FFNError`, beginning with `what`, unless `name` can name a file, a metric and a registered model everywhere.
+
+    That is 1 to 100 ASCII letters, digits, `_`, `-` and `.`, beginning with neither `.` nor `-`.
+    """
+    if not _NAME.fullmatch(name):
+        allowed = "1 to 100 letters of a-z and A-Z, digits, _, - and ., not beginning with . or -"
+        raise FFNError(f"{what} {name!r} cannot name files and metrics; expected {allowed}")
 
 
 def parse_ntu(name: str) -> NtuName:

@@ -1,7 +1,6 @@
 """Scores: what evaluation writes and fusion joins by id, and the measures taken from them. No torch."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -51,7 +50,7 @@ class Scores:
             metadata={"ffn": json.dumps(meta)},
         )
         with (
-            publishing(path.with_name(f".{path.name}.{os.getpid()}.partial"), path) as partial,
+            publishing(path) as partial,
             pa.OSFile(str(partial), "wb") as sink,
             pa.ipc.new_file(sink, table.schema) as writer,
         ):

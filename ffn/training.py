@@ -1,6 +1,8 @@
 """Training one stream: an epoch loop that can be killed at any moment and goes on where it was, bit for bit."""
 
 import contextlib
+import fcntl
+import functools
 import json
 import math
 import os
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from ffn import checkpoint
 from ffn.checkpoint import Checkpoint
-from ffn.config import STREAMS, Config, TrainingConfig, digest, to_dict
+from ffn.config import STREAMS, Config, TrainingConfig, digest, require_trainable, to_dict
 from ffn.data.sampler import Sampler
 from ffn.data.store import SkeletonSet, publishing
 from ffn.errors import FFNError
@@ -41,9 +43,20 @@ class Epoch:
     clips_per_second: float
 
 
+CODE = ("layouts.py", "losses.py", "streams.py", "training.py", "data/sampler.py", "model/**/*.py")
+"""The files of this package that decide the weights."""
+
+
+@functools.cache
+def code_digest() -> str:
+    """Names the code that decides the weights, so that no training goes on from the state of another one."""
+    here = Path(__file__).parent
+    return digest([path.read_text(encoding="utf-8") for pattern in CODE for path in sorted(here.glob(pattern))])
+
+
 def train_key(data_digest: str, config: Config, protocol: str, stream: str) -> str:
-    """The name of a training: equal data, configuration (seed included), protocol and stream give the same weights."""
-    return digest("train", data_digest, to_dict(config), protocol, stream)
+    """The name of a training: equal code, data, configuration (seed included), protocol and stream give the same weights."""
+    return digest("train", code_digest(), data_digest, to_dict(config), protocol, stream)
 
 
 def train(
@@ -60,22 +73,27 @@ def train(
 ) -> Path:
     """Train `stream` of `protocol` and publish the last epoch's checkpoint in the folder `out`.
 
-    The state after every epoch is kept in `state_dir` under `train_key`; a training that finds one goes on from there, and
-    ends with the weights of an undisturbed one. `on_epoch` hears of every epoch that runs now. The held-out samples are
-    not looked at. fp32 on a CPU, bfloat16 autocast on a GPU. Raises `FFNError` for a stream, protocol or setting that does
-    not fit, and when the loss is no longer finite.
+    The state after every epoch is kept in `state_dir` under `train_key`; a training that finds one goes on from there, with
+    as many threads, and on the same kind of device ends with the weights of an undisturbed one. `on_epoch` hears of every
+    epoch that runs now. The held-out samples are not looked at. fp32 on a CPU, bfloat16 autocast on a GPU.
+    Raises `FFNError` for a stream, protocol or setting that does not fit, where `out` holds other files or the same training
+    is going on elsewhere, and when the loss is no longer finite.
     """
     if stream not in STREAMS:
         raise FFNError(f"unknown stream {stream!r}: expected one of {', '.join(STREAMS)}")
     split, recipe = data.split(protocol), config.training
     require_trainable(config)
+    if len(split.train) < 2:
+        raise FFNError(f"{data.path}: protocol {protocol} has one training sample; expected two at least")
+    checkpoint.require_replaceable(out)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with deterministic(recipe.seed):
+    key = train_key(data.digest, config, protocol, stream)
+    state = state_dir / key / "state.safetensors"
+    with locked(state.with_name("lock")), deterministic(recipe.seed):
         network = build(config.model, data.layout, len(split.classes)).to(where)
         optimizer = torch.optim.SGD(
             network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
         )
-        state = state_dir / train_key(data.digest, config, protocol, stream) / "state.safetensors"
         history = restore(state, network, optimizer) if state.exists() else []
         sampler = Sampler.of(data, stream, config.clip, where)
         labels = torch.from_numpy(split.labels)
@@ -100,6 +118,7 @@ def train(
         protocol=protocol,
         stream=stream,
         data_digest=data.digest,
+        key=key,
         image_size=(int(np.median(sizes[:, 0])), int(np.median(sizes[:, 1]))),
     )
     return checkpoint.write(out, made, save(_cpu(network.state_dict())), history)
@@ -155,51 +174,30 @@ def run_epoch(
 
 
 def learning_rate(recipe: TrainingConfig, *, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of `step` (from 0): a linear rise over the warm-up epochs, then a cosine to 0 at the last step."""
+    """Learning rate of `step` (from 0): a linear rise over the warm-up epochs, then a cosine that is 0 after the last step."""
     warmup, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
     if step < warmup:
         return recipe.lr * (step + 1) / (warmup + 1)
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
-def require_trainable(config: Config) -> None:
-    """Raise `FFNError` for settings no training can run with."""
-    least = {
-        "training.epochs": (config.training.epochs, 1),
-        "training.batch_size": (config.training.batch_size, 2),
-        "clip.frames": (config.clip.frames, 2),
-        "clip.persons": (config.clip.persons, 1),
-        "clip.test_clips": (config.clip.test_clips, 1),
-        "model.reduction": (config.model.reduction, 1),
-    }
-    for name, (value, bound) in least.items():
-        if value < bound:
-            raise FFNError(f"setting {name}={value}: expected at least {bound}")
-    if config.model.width < 8 or config.model.width % 8:
-        raise FFNError(f"setting model.width={config.model.width}: expected a multiple of 8")
-    if not config.model.depths or min(config.model.depths) < 1:
-        raise FFNError(f"setting model.depths={config.model.depths}: expected one block or more in every stage")
-    if config.training.lr <= 0:
-        raise FFNError(f"setting training.lr={config.training.lr}: expected a positive number")
-    if config.loss.name == "two_stage" and config.loss.cycle_factor <= 1:
-        raise FFNError(f"setting loss.cycle_factor={config.loss.cycle_factor}: expected more than 1")
-
-
 def preserve(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]]) -> None:
-    """Write weights, momenta and history to `path`, whole or not at all."""
+    """Write weights, momenta, history and the number of threads to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for name, parameter in network.named_parameters():
         tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
-    with publishing(path.with_name(f".{path.name}.{os.getpid()}.partial"), path) as partial:
-        save_file(_cpu(tensors), partial, metadata={"history": json.dumps(history)})
+    with publishing(path) as partial:
+        save_file(_cpu(tensors), partial, metadata={"history": json.dumps(history), "threads": str(torch.get_num_threads())})
 
 
 def restore(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Read what `preserve` wrote into `network` and `optimizer`; returns the history."""
+    """Read what `preserve` wrote into `network` and `optimizer`, and take as many threads; returns the history."""
     try:
         with safe_open(path, framework="pt") as state:
-            history: list[dict[str, Any]] = json.loads(state.metadata()["history"])
+            said = state.metadata() or {}
+            history: list[dict[str, Any]] = json.loads(said["history"])
+            torch.set_num_threads(int(said["threads"]))  # sums are split by threads, and rounded so
             network.load_state_dict({name: state.get_tensor(f"network.{name}") for name in network.state_dict()})
             for name, parameter in network.named_parameters():
                 momentum = torch.empty_like(parameter, requires_grad=False).copy_(state.get_tensor(f"momentum.{name}"))
@@ -210,16 +208,29 @@ def restore(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 @contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` inside the block. Raises `FFNError` where another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FFNError(f"{path.parent}: this training is going on in another process; wait for it or stop it") from None
+        yield
+
+
+@contextlib.contextmanager
 def deterministic(seed: int) -> Iterator[None]:
-    """Seed torch and ask for reproducible kernels inside the block."""
+    """Seed torch and ask for reproducible kernels inside the block; the number of threads is put back after it."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.set_num_threads(threads)
 
 
 def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

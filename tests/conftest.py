@@ -13,10 +13,10 @@ torch.set_num_threads(1)  # the suite runs in parallel processes; threads of tin
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real recordings beside the repository."""
+    """Real recordings: the folder that `FFN_REAL_DATA` names, else `shared` beside the repository; skips where there is none."""
     folder = Path(os.environ.get("FFN_REAL_DATA", Path(__file__).parents[2] / "shared"))
     if not (folder / "data").is_dir():
-        pytest.skip("no real recordings beside the repository")
+        pytest.skip(f"no real recordings in {folder}")
     return folder
 
 

@@ -1,6 +1,5 @@
 """Recordings as pictures: a contact sheet or an animation, to look at before believing them."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ffn.data.store import publishing
 from ffn.errors import FFNError
 from ffn.layouts import NTU25, Layout
 
@@ -72,7 +72,9 @@ def contact_sheet(clips: Mapping[str, NDArray[Any]], path: Path | str, *, layout
         _frame(axes, shown, poses, step)
         axes.set_title(name, fontsize=7, loc="left", pad=1)
     figure.tight_layout(pad=0.3)
-    return _publish(Path(path), lambda partial: figure.savefig(partial, format="png"))
+    with publishing(Path(path)) as partial:
+        figure.savefig(partial, format="png")
+    return Path(path)
 
 
 def animation(clip: NDArray[Any], path: Path | str, *, layout: Layout = NTU25, fps: int = 15) -> Path:
@@ -92,15 +94,6 @@ def animation(clip: NDArray[Any], path: Path | str, *, layout: Layout = NTU25, f
         return []
 
     moving = FuncAnimation(figure, draw, frames=shown.shape[1])
-    return _publish(Path(path), lambda partial: moving.save(partial, writer=PillowWriter(fps=fps)))
-
-
-def _publish(path: Path, write: Any) -> Path:
-    """Let `write` make the picture beside `path`, then move it there in one step."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    with publishing(Path(path)) as partial:
+        moving.save(partial, writer=PillowWriter(fps=fps))
+    return Path(path)

@@ -198,6 +198,8 @@ def _open(source: Path, space: Space, workers: int) -> Source:
             return ntu.read(source, space=space, workers=workers)
         if file_names(source, ucla.SUFFIX):
             return ucla.read(source)
+    elif source.suffix.lower() == ".zip":
+        raise FFNError(f"{source}: not a zip file, or cut short; fetch it again")
     expected = f"*{ntu.SUFFIX} or *{ucla.SUFFIX} files (folder or zip), {table.LABELS} (folder), or a {mmaction.SUFFIXES[0]} file"
     raise FFNError(f"{source}: no sample found; expected {expected}")
 
@@ -217,7 +219,7 @@ def _shown(items: Iterable[Sample | Dropped], total: int | None, show: bool) -> 
 
 
 def _write(path: Path, text: str) -> None:
-    with publishing(path.with_name(f".{path.name}.{os.getpid()}.partial"), path) as partial:
+    with publishing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

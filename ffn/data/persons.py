@@ -25,3 +25,14 @@ def canonical_persons(keypoints: NDArray[Number]) -> NDArray[Number]:
         persons, seen = persons[::-1], seen[::-1]
     kept = persons[:, seen[0]]
     return kept if len(seen) == 2 and seen[1, seen[0]].any() else kept[:1]
+
+
+def unpadded(keypoints: NDArray[Number]) -> NDArray[Number]:
+    """The recording without persons of zeros only and without trailing frames of zeros only.
+
+    `keypoints` is (M, T, V, C); persons after the second are left out. Frames of zeros before the last frame in which a
+    person is seen stay. Returns (M', T', V, C) of the same type; M' and T' are 0 where nobody is seen at all.
+    """
+    persons = keypoints[:2]
+    seen = (persons != 0).any(axis=(2, 3))
+    return persons[seen.any(axis=1), : np.flatnonzero(seen.any(axis=0)).max(initial=-1) + 1]

@@ -222,15 +222,13 @@ class SkeletonSetWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._keypoints.close()
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
             if kind is None:
-                self._publish(partial)
+                self._publish()
         finally:
-            for leftover in (self._keypoints_path, partial):
-                leftover.unlink(missing_ok=True)
+            self._keypoints_path.unlink(missing_ok=True)
 
-    def _publish(self, partial: Path) -> None:
+    def _publish(self) -> None:
         if not self._rows:
             raise FFNError(f"{self.path}: no sample to write; nothing was ingested")
         ids, labels, frames, persons, widths, heights = zip(*self._rows, strict=True)
@@ -260,15 +258,21 @@ class SkeletonSetWriter:
         meta = {**content, "digest": self.digest, "provenance": self.provenance}
         batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
         batch = batch.replace_schema_metadata({"ffn": json.dumps(meta)})
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        with (
+            publishing(self.path) as partial,
+            pa.OSFile(str(partial), "wb") as sink,
+            pa.ipc.new_file(sink, batch.schema) as writer,
+        ):
             writer.write_batch(batch)
-        with publishing(partial, self.path):
-            pass
 
 
 @contextlib.contextmanager
-def publishing(partial: Path, path: Path) -> Iterator[Path]:
-    """Yield `partial` to be written, then make it durable and move it to `path` in one step; remove it on an error."""
+def publishing(path: Path) -> Iterator[Path]:
+    """Yield a hidden name beside `path` to be written, then make it durable and move it to `path` in one step.
+
+    It has the suffix of `path`, from which some writers take the format. On an error it is removed.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
         with partial.open("rb") as written:

@@ -1,6 +1,7 @@
 """Graph convolutions over the joints of one frame. Tensors are (N·M, C, T, V), channels last in memory."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +59,14 @@ class SpatialShift(nn.Module):
     """
 
     source: Tensor
+    target: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, *, joints: int, alpha: float) -> None:
         super().__init__()
         self.alpha = alpha
-        source = (torch.arange(joints)[:, None] + torch.arange(in_channels)) % joints
-        self.register_buffer("source", source, persistent=False)  # (V, C_in)
+        joint, channel = torch.arange(joints)[:, None], torch.arange(in_channels)
+        self.register_buffer("source", (joint + channel) % joints, persistent=False)  # (V, C_in)
+        self.register_buffer("target", (joint - channel) % joints, persistent=False)  # its inverse
         self.mask = nn.Parameter(torch.zeros(joints, in_channels))
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         nn.init.normal_(self.conv.weight, 0, math.sqrt(1 / out_channels))
@@ -72,11 +75,30 @@ class SpatialShift(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_btvc = x.permute(0, 2, 3, 1)
         b, t, v, _ = x_btvc.shape
-        shifted = x_btvc.gather(2, self.source.expand(x_btvc.shape))
+        shifted: Tensor = _Permute.apply(x_btvc, self.source, self.target)  # type: ignore[no-untyped-call]
         y = (shifted - self.alpha * x_btvc) * (torch.tanh(self.mask) + 1)
         y = self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         normal: Tensor = self.norm(y.reshape(b * t, -1))  # (B·T, V·C)
         return normal.view(b, t, v, -1).permute(0, 3, 1, 2)
+
+
+class _Permute(torch.autograd.Function):
+    """`_permuted` with a gather for its gradient: autograd's own scatters, which is slow where it has to be reproducible."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(target)
+        return _permuted(x, source)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (target,) = ctx.saved_tensors
+        return _permuted(grads[0], target), None, None
+
+
+def _permuted(x: Tensor, source: Tensor) -> Tensor:
+    """(B, T, V, C) with joint v of channel c taken from joint source[v, c]."""
+    return x.gather(2, source.expand(x.shape))
 
 
 def aggregate(x: Tensor, adjacency: Tensor) -> Tensor:

@@ -59,6 +59,12 @@ def test_loss_and_gradient_stay_finite(name, margin):
         assert logits.grad[0, 0] < -0.5, "a hopeless sample still pulls"
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "focal", "poly", "two_stage"])
+def test_loss_of_half_precision_logits_is_float32(name):
+    value = loss(LossConfig(name=name), torch.randn(4, 3).bfloat16(), torch.tensor([0, 1, 2, 0]), epoch=1, epochs=4)
+    assert value.dtype == torch.float32
+
+
 def test_two_stage_turns_at_a_quarter():
     config, logits, labels = LossConfig(name="two_stage"), torch.randn(9, 5), torch.arange(9) % 5
     plain = loss(LossConfig(), logits, labels, epoch=1, epochs=100)

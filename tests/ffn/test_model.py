@@ -84,6 +84,12 @@ def test_spatial_shift_is_equation_2():
     torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_spatial_shift_has_the_gradient_of_its_gather():
+    module = SpatialShift(6, 4, joints=5, alpha=0.0).double()
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module, (x,), fast_mode=True)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_msf_tcn_is_its_branches(stride):
     """Branch by branch, with the horizontal connections from large to small receptive fields."""

@@ -4,7 +4,7 @@ import pytest
 
 from ffn import protocols
 from ffn.errors import FFNError
-from ffn.protocols import NtuName, UclaName, ntu_splits, parse_ntu, parse_ucla, ucla_splits
+from ffn.protocols import NtuName, UclaName, ntu_splits, parse_ntu, parse_ucla, require_name, ucla_splits
 
 
 def test_ntu_name():
@@ -73,3 +73,14 @@ def test_ucla():
 def test_what_is_no_ucla_name(name):
     with pytest.raises(FFNError, match="not an NW-UCLA name"):
         parse_ucla(name)
+
+
+@pytest.mark.parametrize("name", ["ntu60-xsub", "default", "2fold", "_x", "v1.2_B", "x" * 100])
+def test_names(name):
+    require_name("column", name)
+
+
+@pytest.mark.parametrize("name", ["", ".x", "-x", "a b", "a/b", "..", "a:b", "größe", "x\n", "x" * 101])
+def test_what_cannot_be_a_name(name):
+    with pytest.raises(FFNError, match=r"^the column '.*' cannot name files and metrics; expected 1 to 100 letters"):
+        require_name("the column", name)

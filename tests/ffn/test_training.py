@@ -194,6 +194,11 @@ def test_broken_state_is_named(toys, tmp_path):
         ((), {"stream": "k"}, "unknown stream 'k'"),
         ((), {"protocol": "q"}, "no protocol 'q': expected one of p"),
         (("training.epochs=0",), {}, "training.epochs=0: expected at least 1"),
+        (("training.batch_size=2",), {}, "training.batch_size=2: expected at least 4"),
+        (("training.momentum=0",), {}, "training.momentum=0.0: expected more than 0"),
+        (("training.warmup_epochs=4",), {}, "less than training.epochs"),
+        (("model.dropout=1",), {}, "model.dropout=1.0: expected 0 or more and less than 1"),
+        (("model.reduction=3",), {}, "a divisor of model.width"),
         (("model.width=12",), {}, "multiple of 8"),
         (("training.lr=-1",), {}, "positive"),
         (("training.lr=1e30",), {}, "lower training.lr"),
@@ -203,6 +208,41 @@ def test_mistakes_are_named_and_leave_nothing(toys, tmp_path, settings, options,
     with pytest.raises(FFNError, match=message):
         run(toys, tmp_path, *settings, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_files_is_not_replaced(toys, tmp_path):
+    notes = tmp_path / "out" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    with pytest.raises(FFNError, match=r"holds notes\.txt, which would be lost"):
+        run(toys, tmp_path)
+    assert notes.read_text() == "mine"
+    notes.unlink()
+    run(toys, tmp_path, "training.epochs=1")
+    run(toys, tmp_path, "training.epochs=2")
+    assert len(checkpoint.read_history(tmp_path / "out")) == 2
+
+
+def test_one_training_at_a_time(toys, tmp_path):
+    config = override(preset("S4"), SMALL)
+    lock = tmp_path / "state" / train_key(toys.digest, config, "p", "j") / "lock"
+    with training.locked(lock), pytest.raises(FFNError, match="going on in another process"):
+        run(toys, tmp_path)
+    run(toys, tmp_path)
+
+
+def test_a_resumed_training_takes_the_threads_it_began_with(toys, tmp_path):
+    with pytest.raises(Interrupted):
+        run(toys, tmp_path, on_epoch=stop_after(2))
+    seen = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        run(toys, tmp_path, on_epoch=lambda _: seen.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [before, before]
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -233,9 +273,10 @@ def test_inference_from_raw_keypoints_is_evaluation(toys, trained, tmp_path):
 @pytest.mark.parametrize(
     ("clip", "message"),
     [
-        (np.zeros((1, 4, 25, 3)), "no frame shows a person"),
+        (np.zeros((1, 4, 25, 3)), "recording 0: nobody visible"),
         (np.zeros((1, 4, 17, 3)), r"expected \(persons, frames, 25, 3\)"),
-        (np.full((1, 4, 25, 3), np.nan), "not finite"),
+        (np.full((1, 4, 25, 3), np.nan), "recording 0: NaN, infinite or too large joint"),
+        (np.full((1, 4, 25, 3), 7e4), "too large joint: person 0, frame 0"),
         (np.zeros((0, 4, 25, 3)), "expected"),
     ],
 )

@@ -3,12 +3,14 @@
 An annotation holds `frame_dir` (the sample's id), `label`, `keypoint` (M, T, V, C) and, for 2D, `keypoint_score` (M, T, V)
 and `img_shape` (height, width; MMAction2's 1080, 1920 where it is absent). The layout follows from V: 17 is coco17, 25 ntu25,
 20 kinect20. C = 2 with scores, or C = 3 in coco17 (x, y, score), is 2D; any other C = 3 is 3D, and goes through
-`canonical_persons`. 2D frames and values stay as they are. Of more than two persons the first two are kept.
+`canonical_persons`. 2D values stay as they are, and 2D recordings go through `unpadded`. Of more than two persons the first
+two are kept.
 
 Splits named `<protocol>_train` and `<protocol>_val` or `<protocol>_test` become a protocol (`train` and `val` alone become
 `default`); where both `_val` and `_test` exist, `_test` is held out and `_val` takes no part. If every `frame_dir` is an NTU
-name, the classes are NTU's and `xsub` is `ntu60-xsub`, or `ntu120-xsub` where a label above 59 or a setup above 17
-shows; `xview` and `xset` likewise. Otherwise classes are called by their number.
+name, the classes are NTU's and `xsub` is `ntu60-xsub`, or `ntu120-xsub` where an action above 60 or a setup above 17
+shows; `xview` and `xset` likewise; a sample whose label is not its name's action - 1 is left out. Otherwise classes are
+called by their number.
 
 The pickle is read by an unpickler that knows numpy's arrays, dtypes and scalars and nothing else: no class is looked up and
 no function called that the pickle names. The whole pickle is in memory while it is read, and given back sample by sample.
@@ -29,12 +31,14 @@ from ffn.data.readers.source import Dropped, Source, Unusable, arrange, check_fi
 from ffn.data.store import Part, Sample, Space
 from ffn.errors import FFNError
 from ffn.layouts import COCO17, KINECT20, NTU25, Layout
-from ffn.protocols import NTU60_ACTIONS, NTU60_SETUPS, ntu_classes, parse_ntu
+from ffn.protocols import NTU60_ACTIONS, NTU60_SETUPS, ntu_classes, parse_ntu, require_name
 
 SUFFIXES = (".pkl", ".pickle")
 IMAGE_SIZE = (1920, 1080)
 """Width and height in pixels where an annotation has no `img_shape`."""
 
+_MOST_CLASSES = 100_000
+"""Labels from here on are taken for a mistake: every class up to the largest label gets a name."""
 _LAYOUTS = {len(layout.joints): layout for layout in (COCO17, KINECT20, NTU25)}
 _PARTS: dict[str, Part] = {"train": "train", "val": "test", "test": "test"}
 
@@ -53,8 +57,9 @@ def read(path: Path) -> Source:
         )
     layout = _LAYOUTS[joints]
     space: Space = "2d" if channels == 2 or layout is COCO17 else "3d"
-    labels = [int(a["label"]) for a in annotations if isinstance(a.get("label"), int | np.integer)]
-    ntu = _ntu(annotations, labels)
+    ntu = _ntu(annotations)
+    labels = (int(a["label"]) for a in annotations if isinstance(a.get("label"), int | np.integer))
+    largest = max((label for label in labels if label < _MOST_CLASSES), default=-1)
     parts = _parts(path, split, ntu)
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256")
@@ -62,16 +67,21 @@ def read(path: Path) -> Source:
         reader="mmaction",
         layout=layout,
         space=space,
-        classes=ntu_classes() if ntu else tuple(str(label) for label in range(max(labels, default=-1) + 1)),
+        classes=ntu_classes() if ntu else tuple(str(label) for label in range(largest + 1)),
         protocols=tuple(parts),
-        items=_items(annotations, layout, channels, space, parts),
+        items=_items(annotations, layout, channels, space, parts, ntu),
         total=len(annotations),
         content=content,
     )
 
 
 def _items(
-    annotations: list[dict[str, Any]], layout: Layout, channels: int, space: Space, parts: Mapping[str, Mapping[str, Part]]
+    annotations: list[dict[str, Any]],
+    layout: Layout,
+    channels: int,
+    space: Space,
+    parts: Mapping[str, Mapping[str, Part]],
+    ntu: str,
 ) -> Iterator[Sample | Dropped]:
     listed = {identity for members in parts.values() for identity in members}
     annotations.reverse()
@@ -81,7 +91,7 @@ def _items(
         annotation = annotations.pop()
         listed.discard(annotation.get("frame_dir", ""))
         try:
-            yield _sample(annotation, f"annotation {total - len(annotations) - 1}", layout, channels, space, parts)
+            yield _sample(annotation, f"annotation {total - len(annotations) - 1}", layout, channels, space, parts, ntu)
         except Unusable as error:
             yield error.dropped
     for identity in sorted(listed):
@@ -95,6 +105,7 @@ def _sample(
     channels: int,
     space: Space,
     parts: Mapping[str, Mapping[str, Part]],
+    ntu: str,
 ) -> Sample:
     def value(key: str, kind: Any, what: str) -> Any:
         if not isinstance(annotation.get(key), kind):
@@ -104,8 +115,10 @@ def _sample(
     identity: str = value("frame_dir", str, "a text")
     where = f"{where} ({identity})"
     label = int(value("label", int | np.integer, "a whole number"))
-    if label < 0:
-        raise Unusable(where, "malformed", f"label {label}, expected 0 or more")
+    if ntu and label != (action := parse_ntu(identity).action) - 1:
+        raise Unusable(where, "malformed", f"label {label}, expected {action - 1} for action {action} of the name")
+    if not 0 <= label < _MOST_CLASSES:
+        raise Unusable(where, "malformed", f"label {label}, expected 0 to {_MOST_CLASSES - 1}")
     keypoints: NDArray[Any] = value("keypoint", np.ndarray, "an array (M, T, V, C)")
     if keypoints.dtype.kind not in "fiu" or keypoints.ndim != 4 or keypoints.shape[2:] != (len(layout.joints), channels):
         expected = f"numbers (M, T, {len(layout.joints)}, {channels})"
@@ -138,14 +151,13 @@ def _image_size(annotation: Mapping[str, Any], where: str) -> tuple[int, int]:
     return width, height
 
 
-def _ntu(annotations: Sequence[Mapping[str, Any]], labels: Sequence[int]) -> str:
+def _ntu(annotations: Sequence[Mapping[str, Any]]) -> str:
     """`ntu60` or `ntu120` where every sample has an NTU name, else nothing."""
     try:
         names = [parse_ntu(annotation["frame_dir"]) for annotation in annotations]
     except (FFNError, KeyError, TypeError):
         return ""
-    larger = max(labels, default=-1) >= NTU60_ACTIONS or any(name.setup > NTU60_SETUPS for name in names)
-    return "ntu120" if larger else "ntu60"
+    return "ntu120" if any(name.setup > NTU60_SETUPS or name.action > NTU60_ACTIONS for name in names) else "ntu60"
 
 
 def _parts(path: Path, split: Mapping[str, Sequence[str]], ntu: str) -> dict[str, dict[str, Part]]:
@@ -158,6 +170,7 @@ def _parts(path: Path, split: Mapping[str, Sequence[str]], ntu: str) -> dict[str
         if suffix == "val" and name.removesuffix("val") + "test" in split:
             continue
         protocol = f"{ntu}-{prefix}" if ntu and prefix in ("xsub", "xview", "xset") else prefix or "default"
+        require_name(f"{path}: split {name!r}: protocol", protocol)
         known = parts.setdefault(protocol, {})
         for identity in members:
             if known.setdefault(identity, _PARTS[suffix]) != _PARTS[suffix]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ffn.data.persons import canonical_persons
+from ffn.data.persons import canonical_persons, unpadded
 from ffn.data.store import Sample, Space
 from ffn.errors import FFNError
 from ffn.layouts import Layout
@@ -72,14 +72,15 @@ class Source:
 
 
 def arrange(keypoints: NDArray[Any], space: Space, where: str) -> NDArray[Any]:
-    """Keypoints (M, T, V, 3) as the store keeps them: 3D by `canonical_persons`, 2D as they are, two persons at most.
+    """Keypoints (M, T, V, 3) as the store keeps them, two persons at most: 3D by `canonical_persons`, 2D by `unpadded`.
 
     Raises `Unusable` where nobody is visible.
     """
-    kept = canonical_persons(keypoints) if space == "3d" else keypoints[:2]
-    if not kept.size or not kept.any():
-        raise Unusable(where, NOBODY)
-    return kept
+    if keypoints.size:
+        kept = canonical_persons(keypoints) if space == "3d" else unpadded(keypoints)
+        if kept.size:
+            return kept
+    raise Unusable(where, NOBODY)
 
 
 def file_names(path: Path, suffix: str) -> list[str]:

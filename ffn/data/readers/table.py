@@ -9,7 +9,8 @@
 Parquet: one row per joint seen, rows of one id together (sorted by id, for example). `frame` and `person` are whole numbers;
 frames are counted from the sample's first, and what has no row is zero, which means not seen. `joint` is a number from 0 or
 a joint's name. 2D may add columns `width` and `height`. Of more than two persons the two of lowest number are kept (NPZ: the
-first two). 3D goes through `canonical_persons`. The table is streamed: memory holds one sample and one batch of rows.
+first two). 3D goes through `canonical_persons`, 2D through `unpadded`. The table is streamed: memory holds one sample and one
+batch of rows.
 
 An unknown class, a duplicate id, an unknown part or a missing column is an error, for labels decide everything else; a
 sample whose keypoints cannot be used is left out and reported.
@@ -38,6 +39,7 @@ from ffn.data.readers.source import NOT_FINITE, UNREADABLE, Dropped, Source, Unu
 from ffn.data.store import Part, Sample, Space
 from ffn.errors import FFNError
 from ffn.layouts import Layout, layout
+from ffn.protocols import require_name
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -307,6 +309,8 @@ def _parse_labels(path: Path, lines: Any) -> tuple[dict[str, _Row], tuple[str, .
         raise FFNError(
             f"{path}:1: columns {', '.join(header) or '(none)'}; expected id, label and one column per protocol, each once"
         )
+    for name in protocols:
+        require_name(f"{path}:1: column", name)
     rows: dict[str, _Row] = {}
     for cells in lines:
         if not cells:

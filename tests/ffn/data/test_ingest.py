@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from ffn.data.readers import source
 from ffn.data.readers.source import NOT_FINITE
 from ffn.data.store import SkeletonSet
 from ffn.errors import FFNError
+from ffn.inference import FusedModel
+from ffn.layouts import COCO17, NTU25
 
 
 def test_ntu(ntu_folder, tmp_path):
@@ -146,7 +149,7 @@ def test_no_source(tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", tmp_path / "set.arrow", "no sample found; expected *.skeleton")
     (tmp_path / "empty.zip").write_bytes(b"PK but no zip")
-    refused(tmp_path / "empty.zip", tmp_path / "set.arrow", "no sample found")
+    refused(tmp_path / "empty.zip", tmp_path / "set.arrow", "not a zip file, or cut short; fetch it again")
     with zipfile.ZipFile(tmp_path / "text.zip", "w") as archive:
         archive.writestr("readme.txt", "x")
     refused(tmp_path / "text.zip", tmp_path / "set.arrow", "no sample found")
@@ -189,6 +192,22 @@ def table(folder, classes="walk\n"):
 def test_table(tmp_path):
     report = ingest(table(tmp_path / "mine"), tmp_path / "set.arrow")
     assert (report.reader, report.samples, report.classes) == ("table", 2, {"walk": 2})
+
+
+@pytest.mark.parametrize("layout", [NTU25, COCO17])
+def test_prediction_prepares_as_ingestion_stores(tmp_path, layout):
+    folder, space = table(tmp_path / "mine"), "3d" if layout is NTU25 else "2d"
+    (folder / "layout.json").write_text(json.dumps({"layout": layout.name, "space": space, "image_size": [640, 480]}))
+    padded = np.zeros((2, 12, len(layout.joints), 3))
+    padded[1, 2:7] = np.random.default_rng(0).normal(size=(5, len(layout.joints), 3))
+    padded[1, 4] = 0
+    for name in "ab":
+        np.savez(folder / "keypoints" / f"{name}.npz", keypoints=padded)
+    ingest(folder, tmp_path / "set.arrow")
+    stored = SkeletonSet.open(tmp_path / "set.arrow").sample(0)
+    assert stored.shape[:2] == (1, 4 if space == "3d" else 7)
+    model = FusedModel(streams={"j": (SimpleNamespace(layout=layout, space=space), None)}, weights={"j": 1.0})
+    np.testing.assert_array_equal(model._prepared(0, padded), stored)
 
 
 def test_table_with_an_unknown_class(tmp_path):

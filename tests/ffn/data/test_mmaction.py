@@ -111,6 +111,7 @@ def test_what_cannot_be_used_is_left_out(write):
         annotation("score", 0, keypoint_score=np.zeros((1, 5, 16))),
         annotation("label", 0) | {"label": "walk"},
         annotation("negative", 0) | {"label": -1},
+        annotation("huge", 0) | {"label": 10**9},
         {key: value for key, value in annotation("missing", 0).items() if key != "keypoint"},
         annotation("shape", 0, img_shape=(0, 0)),
         annotation("objects", 0, keypoint=np.array([[[[None]]]])),
@@ -126,7 +127,8 @@ def test_what_cannot_be_used_is_left_out(write):
     assert reasons["annotation 3 (no frames)"].startswith("nobody visible")
     assert reasons["annotation 5 (joints)"] == "malformed: keypoint float16 (1, 5, 16, 2), expected numbers (M, T, 17, 2)"
     assert reasons["annotation 7 (label)"] == "malformed: expected `label` to be a whole number, found str"
-    assert reasons["annotation 12"] == "malformed: expected `frame_dir` to be a text, found NoneType"
+    assert reasons["annotation 13"] == "malformed: expected `frame_dir` to be a text, found NoneType"
+    assert reasons["annotation 9 (huge)"] == "malformed: label 1000000000, expected 0 to 99999"
     assert reasons["absent"].startswith("listed in a split, but not annotated")
 
 
@@ -177,6 +179,7 @@ def test_no_pickle(tmp_path, text):
         ({"split": {}, "annotations": [{}]}, "no annotation has a `keypoint` array"),
         ({"split": {}, "annotations": [annotation("a", 0, joints=18)]}, "18 joints of 2 numbers; known are 17 .coco17."),
         ({"split": {"xsub": ["a"]}, "annotations": [annotation("a", 0)]}, "split 'xsub': expected a name that ends in"),
+        ({"split": {"p q_train": ["a"]}, "annotations": [annotation("a", 0)]}, "split 'p q_train': protocol 'p q' cannot name"),
         ({"split": {"p_train": ["a"], "p_val": ["a"]}, "annotations": [annotation("a", 0)]}, "sample a is in both parts of p"),
     ],
 )
@@ -185,3 +188,22 @@ def test_what_is_no_data_set(tmp_path, content, expected):
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(FFNError, match=f"^{re.escape(str(path))}: {expected}"):
         mmaction.read(path)
+
+
+def test_classes_are_not_built_for_a_label_that_is_left_out(write):
+    assert mmaction.read(write([annotation("a", 1), annotation("b", 0) | {"label": 10**9}])).classes == ("0", "1")
+
+
+@pytest.mark.parametrize("label", [-1, 1, 59, 120, 10**9])
+def test_a_label_that_contradicts_its_ntu_name_is_left_out(write, label):
+    good, bad = "S001C001P001R001A001", "S001C001P003R001A001"
+    opened = mmaction.read(write([annotation(good, 0), annotation(bad, 0) | {"label": label}]))
+    first, second = opened.items
+    assert (first.id, opened.protocols) == (good, ("ntu60-xsub",))
+    assert str(second) == f"annotation 1 ({bad}): malformed: label {label}, expected 0 for action 1 of the name"
+
+
+def test_no_persons_in_3d(write):
+    path = write([annotation("a", 0, joints=25, channels=3), annotation("b", 0, 0, joints=25, channels=3)])
+    _, second = mmaction.read(path).items
+    assert str(second) == "annotation 1 (b): nobody visible"

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ffn.data.persons import canonical_persons
+from ffn.data.persons import canonical_persons, unpadded
 
 
 def clip(*seen: str) -> np.ndarray:
@@ -43,3 +43,22 @@ def test_type_and_repeat():
     once = canonical_persons(x)
     assert once.dtype == np.float16
     np.testing.assert_array_equal(canonical_persons(once), once)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        ([".x.x"], [[0, 2, 0, 4]]),
+        (["x.x.."], [[1, 0, 3]]),
+        (["x...", ".xx."], [[1, 0, 0], [0, 12, 13]]),
+        (["xx.", "..."], [[1, 2]]),
+        (["...", "xx."], [[11, 12]]),
+        (["xx", "..", "xx"], [[1, 2]]),
+        (["..", ".."], []),
+        ([], []),
+    ],
+)
+def test_padding(seen, expected):
+    kept = unpadded(clip(*seen) if seen else np.zeros((0, 3, 2, 3)))
+    assert kept[:, :, 0, 0].tolist() == expected
+    np.testing.assert_array_equal(unpadded(kept), kept)

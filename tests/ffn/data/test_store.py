@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ffn.data.store import Sample, SkeletonSet, SkeletonSetWriter
+from ffn.data.store import Sample, SkeletonSet, SkeletonSetWriter, publishing
 from ffn.errors import FFNError
 from ffn.layouts import COCO17
 
@@ -144,3 +144,15 @@ def test_what_is_no_set(tmp_path, samples):
         file.write_batch(pa.record_batch({"id": ["a"]}))
     with pytest.raises(FFNError, match="not a skeleton set, or cut short"):
         SkeletonSet.open(path)
+
+
+def test_publishing_is_all_or_nothing(tmp_path):
+    path = tmp_path / "picture.png"
+    for text in ("old", "new"):
+        with publishing(path) as partial:
+            partial.write_text(text)
+            assert (partial.parent, partial.suffix, partial.name[0]) == (tmp_path, ".png", ".")
+    with pytest.raises(OSError, match="full"), publishing(path) as partial:
+        raise OSError(f"disk full after {partial.write_text('half')} bytes")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]

@@ -143,6 +143,7 @@ def test_classes_fix_the_order(npz):
         ("labels.csv", "id,class,p\n", "labels.csv:1: columns id, class, p; expected"),
         ("labels.csv", "id,label\n", "labels.csv:1: columns id, label; expected"),
         ("labels.csv", "id,label,p\n", "labels.csv: no sample"),
+        ("labels.csv", "id,label,p,by room\n", "labels.csv:1: column 'by room' cannot name files"),
         ("labels.csv", "id,label,p\na,walk,train\na,run,test\n", "labels.csv:3: id a comes again (first on line 2)"),
         ("labels.csv", "id,label,p\na,walk,val\n", "labels.csv:2: p is 'val', expected train, test or nothing"),
         ("labels.csv", "id,label,p\n\na,walk\n", "labels.csv:3: 2 cells, expected 3"),
@@ -235,6 +236,7 @@ def test_parquet_that_cannot_be_read(folder, arrays):
             r"keypoints/a.npz: malformed: keypoints float64 \(1, 3, 16, 3\), expected numbers",
         ),
         ({"keypoints": np.zeros((1, 3, 17, 3))}, "a: nobody visible"),
+        ({"keypoints": np.zeros((0, 3, 17, 3))}, "a: nobody visible"),
         ({"keypoints": np.full((1, 3, 17, 3), np.nan)}, f"keypoints/a.npz: {NOT_FINITE}: person 0, frame 0, nose"),
         ({"joints": np.zeros(3)}, "keypoints/a.npz: unreadable: expected an .npz with an array `keypoints`"),
         ({"keypoints": np.array([{}])}, "keypoints/a.npz: unreadable: expected an .npz"),
@@ -256,3 +258,18 @@ def test_2d_needs_an_image_size(npz):
     (npz / "layout.json").write_text('{"layout": "coco17", "space": "2d"}')
     np.savez(npz / "keypoints" / "b.npz", keypoints=keypoints(0), image_size=[320, 240])
     assert only(table.read(npz).items).startswith("a: no image size: add columns width and height, or image_size to layout.json")
+
+
+@pytest.mark.parametrize("persons", [0, 1])
+def test_an_empty_recording_in_3d(npz, persons):
+    (npz / "layout.json").write_text('{"layout": "coco17", "space": "3d"}')
+    np.savez(npz / "keypoints" / "a.npz", keypoints=np.zeros((persons, 3 * (1 - persons), 17, 3)))
+    assert only(table.read(npz).items) == "a: nobody visible"
+
+
+def test_2d_loses_its_padding(npz, arrays):
+    padded = np.zeros((2, 9, 17, 3), np.float32)
+    padded[1, 2:5] = arrays["a"][0]
+    np.savez(npz / "keypoints" / "a.npz", keypoints=padded)
+    first, _ = table.read(npz).items
+    np.testing.assert_array_equal(first.keypoints, padded[1:, :5])
