@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/ffn synth .ffn/skeletons
-	$(BIN)/ffn run --data .ffn/skeletons --preset S4-small --set training.epochs=15
+	$(BIN)/ffn run --data .ffn/skeletons --preset S4-small --set training.epochs=12
 
 test: $(READY)
 	$(BIN)/ruff check

@@ -24,7 +24,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -67,20 +67,21 @@ class Child:
         self.client.log_batch(self.id, params=new)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics of one step in one call."""
+        """Log metrics of one step in one call; without a step, one that has that value already is not logged again."""
+        known = {} if step else self.client.get_run(self.id).data.metrics
         now = int(time.time() * 1000)
-        self.client.log_batch(self.id, metrics=[Metric(name, float(value), now, step) for name, value in values.items()])
+        new = [Metric(name, float(value), now, step) for name, value in values.items() if known.get(name) != value]
+        self.client.log_batch(self.id, metrics=new)
 
     def steps(self, metric: str) -> set[int]:
         """The steps at which `metric` was logged."""
         return {point.step for point in self.client.get_metric_history(self.id, metric)}
 
     def result(self, metrics: Metrics, classes: tuple[str, ...]) -> None:
-        """Log held-out measures: scalars once, the confusion matrix and the per-class table as CSV and as figures."""
+        """Log held-out measures: scalars, the confusion matrix and the per-class table as CSV and as figures."""
         from ffn import plots
 
-        known = self.client.get_run(self.id).data.metrics
-        self.metrics({name: value for name, value in metrics.to_dict().items() if known.get(name) != value})
+        self.metrics(metrics.to_dict())
         header = ["true \\ predicted", *classes]
         self.text(
             csv([header, *([name, *row] for name, row in zip(classes, metrics.confusion.tolist(), strict=True))]), "confusion.csv"
@@ -101,7 +102,12 @@ class Child:
             source=json.dumps({"uri": source}),
             profile=json.dumps({"samples": len(data), "classes": len(data.classes), "layout": data.layout.name, **facts}),
         )
-        self.client.log_inputs(self.id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+        inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", context)])]
+        try:
+            self.client.log_inputs(self.id, inputs)
+        except MlflowException:
+            # MLflow looks, then stores: of two streams that log one data set at the same moment, one fails. Now it is found.
+            self.client.log_inputs(self.id, inputs)
 
     def figure(self, figure: "Figure", name: str) -> None:
         self.client.log_figure(self.id, figure, name)
@@ -115,12 +121,17 @@ class Child:
     def tag(self, name: str, value: str) -> None:
         self.client.set_tag(self.id, name, value)
 
+    @property
+    def open(self) -> bool:
+        """Whether the run is going on."""
+        return bool(self.client.get_run(self.id).info.status == "RUNNING")
+
     def model(self, folder: Path, meta: Checkpoint, example: NDArray[np.float32]) -> str:
         """Log the fused model in `folder` as one pyfunc and return its URI; a run has one model, however often it is logged.
 
         `example` is (1, M, T, V, 3) raw keypoints.
         """
-        known: str | None = self.client.get_run(self.id).data.tags.get("ffn.model")
+        known = self._model()
         if known:
             return known
         joints = len(meta.layout.joints)
@@ -146,19 +157,38 @@ class Child:
         self.tag("ffn.model", logged.model_uri)
         return str(logged.model_uri)
 
+    def _model(self) -> str | None:
+        """URI of the model that was logged: the tag's, or of one that a kill left whole but untagged."""
+        run = self.client.get_run(self.id)
+        if tagged := run.data.tags.get("ffn.model"):
+            return str(tagged)
+        logged = [self.client.get_logged_model(output.model_id) for output in run.outputs.model_outputs] if run.outputs else []
+        return next((str(model.model_uri) for model in logged if model.status == LoggedModelStatus.READY), None)
 
-def begin(name: str, params: Mapping[str, object]) -> str:
+
+def begin(name: str, inputs: Mapping[str, object]) -> str:
     """The parent run of the pipeline run called `name`: found by its tag, or else created. Returns its id.
 
-    Where KFP's MLflow plugin made a run for this pipeline run and injected it, that one is the parent.
+    Where KFP's MLflow plugin made a run for this pipeline run and injected it, that one is the parent. Raises `FFNError`
+    where the run called `name` was begun with other inputs, and leaves it as it is.
     """
     client = MlflowClient()
-    found = _injected_parent(client) or _parent(client, name)
+    injected = _injected_parent(client)
+    found = injected or _parent(client, name)
+    if found and not injected:
+        _require_equal(name, client.get_run(found).data.params, inputs)
     run_id = found or client.create_run(_experiment(client), run_name=name).info.run_id
     client.set_tag(run_id, RUN, name)
     client.update_run(run_id, "RUNNING")
-    Child(id=run_id, client=client).params(params)
+    Child(id=run_id, client=client).params(inputs)
     return str(run_id)
+
+
+def _require_equal(name: str, known: Mapping[str, str], inputs: Mapping[str, object]) -> None:
+    for what, value in inputs.items():
+        ours, theirs = str(value)[:PARAM_LENGTH], known.get(what)
+        if theirs is not None and ours != theirs:
+            raise FFNError(f"run {name!r} was begun with {what} {theirs!r}, now it is {ours!r}; choose another --name")
 
 
 def parent(name: str) -> Child:

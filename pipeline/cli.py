@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ffn.config import PRESETS, STREAMS, Config, override, preset
 from ffn.errors import FFNError
-from ffn.protocols import NTU_PROTOCOLS
+from ffn.protocols import NTU_PROTOCOLS, require_name
 
 if TYPE_CHECKING:
     from ffn.scores import Scores
@@ -138,6 +138,8 @@ def compile(given: argparse.Namespace) -> None:
     from pipeline.dag import build
     from pipeline.settings import Settings
 
+    for protocol in given.protocols:
+        require_name("protocol", protocol)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     pipeline = build(given.protocols, given.streams, Settings.from_environment())
     compiler.Compiler().compile(pipeline, str(given.out))
@@ -160,7 +162,7 @@ def paper(given: argparse.Namespace) -> None:
 
     page = markdown()
     given.markdown.parent.mkdir(parents=True, exist_ok=True)
-    with publishing(given.markdown.with_name(f".{given.markdown.name}.{os.getpid()}.partial"), given.markdown) as partial:
+    with publishing(given.markdown) as partial:
         partial.write_text(page)
     print(given.markdown)
 

@@ -24,7 +24,7 @@ NAME = "ffn"
 CACHED = frozenset({"ingest", "evaluate"})
 """Steps whose output a cluster may reuse: the others open runs, resume from a state, or read and change the registry."""
 
-CACHED_LOCALLY = CACHED | {"train", "fuse", "register"}
+CACHED_LOCALLY = CACHED | {"train", "fuse"}
 """Reused on one machine too: the parent run's id is part of every key there, so a new MLflow store finds nothing cached."""
 
 HEAVY = frozenset({"train", "evaluate"})
@@ -46,7 +46,8 @@ def build(protocols: Sequence[str], streams: Sequence[str], settings: Settings) 
         end = _place(finish(name=name), settings)
         with dsl.ExitHandler(end, name="run"):
             begun = _place(
-                begin(name=name, source=source, source_version=source_version, preset=preset, overrides=overrides), settings
+                begin(name=name, source=source, source_version=source_version, space=space, preset=preset, overrides=overrides),
+                settings,
             )
             run = begun.output
             ingested = _place(ingest(source=source, source_version=source_version, space=space, parent=run), settings)

@@ -7,11 +7,13 @@ every step), and where its own logging goes (from which cache hits are read).
 
 import builtins
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +29,7 @@ from typing import Any, NoReturn, Self
 from ffn import config as configuration
 from ffn.data.ingest import source_version
 from ffn.errors import FFNError
+from ffn.protocols import require_name
 from pipeline.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,11 +58,13 @@ class Workspace:
         return given
 
     def ui(self) -> str:
-        """The command that shows the runs, or the address where they are."""
+        """The command that shows the runs and the page to open, or the address where they are."""
         if not self.tracking_uri.startswith("sqlite:"):
             return self.tracking_uri
-        mlflow = Path(sys.executable).with_name("mlflow")
-        return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {mlflow} ui --workers 1 --backend-store-uri {self.tracking_uri}"
+        mlflow = str(Path(sys.executable).with_name("mlflow"))
+        command = shlex.join([mlflow, "ui", "--workers", "1", "--backend-store-uri", self.tracking_uri])
+        page = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
+        return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {command}\n\nand open {page}"
 
 
 def workspace(path: Path | str | None = None) -> Workspace:
@@ -82,7 +87,11 @@ def run(
 
     Raises `FFNError` for input that does not fit, `StepFailed` where a step failed, KeyboardInterrupt when interrupted.
     """
-    configuration.override(configuration.preset(preset), overrides)
+    configuration.require_trainable(configuration.override(configuration.preset(preset), overrides))
+    for protocol in protocols:
+        require_name("protocol", protocol)
+    if name:
+        require_name("--name", name)
     version = source_version(source)
     source = source.resolve()
     for path in (workspace.root, source):
@@ -94,36 +103,54 @@ def run(
 
     from pipeline.dag import build
 
-    threads = max(1, (os.cpu_count() or 1) // min(AT_ONCE, len(streams)))
+    threads = max(1, cores() // min(AT_ONCE, len(streams)))
     settings = Settings(
         image="local-python",
         checkpoints=str(workspace.root / "checkpoints"),
         local=True,
-        environment={"FFN_CODE": code_digest(), "OMP_NUM_THREADS": str(threads)},
+        environment={"FFN_CODE": code_digest(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)},
     )
     pipeline = build(protocols, streams, settings)
     kfp_root = workspace.root / "kfp"
     steps = Steps(logs=workspace.root / "logs" / name, cache=kfp_root / "cache", environment=workspace.environment())
-    print(f"run {name}: {len(protocols)} protocols x {len(streams)} streams, preset {preset}; logs in {steps.logs}", flush=True)
-    with steps.watching():
-        local.init(
-            runner=local.SubprocessRunner(use_venv=False),
-            pipeline_root=str(kfp_root),
-            enable_caching=True,
-            cache_root=str(steps.cache),
-        )
-        try:
-            pipeline(
-                source=str(source), source_version=version, space=space, name=name, preset=preset, overrides=list(overrides)
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            steps.close(name)
-            raise
-        except RuntimeError as error:
-            if steps.failed:
-                raise steps.failed[0] from None
-            raise FFNError(f"the pipeline failed outside its steps: {error}") from error
+    with alone(steps.logs, name):
+        print(f"run {name}: {len(protocols)} protocols x {len(streams)} streams, preset {preset}; logs in {steps.logs}", flush=True)
+        with steps.watching():
+            local.init(
+                runner=local.SubprocessRunner(use_venv=False),
+                pipeline_root=str(kfp_root),
+                enable_caching=True,
+                cache_root=str(steps.cache),
+            )
+            try:
+                pipeline(
+                    source=str(source), source_version=version, space=space, name=name, preset=preset, overrides=list(overrides)
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                steps.close(name)
+                raise
+            except RuntimeError as error:
+                if steps.failed:
+                    raise steps.failed[0] from None
+                raise FFNError(f"the pipeline failed outside its steps: {error}") from error
     return name, Path(steps.outputs["finish"]["table"]).read_text()
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def alone(folder: Path, name: str) -> Iterator[None]:
+    """Hold the run's lock inside the block. Raises `FFNError` where another process holds it; a killed one does not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FFNError(f"run {name} is going on already in {folder}; wait for its end, or choose another --name") from None
+        yield
 
 
 class StepFailed(Exception):
@@ -234,7 +261,7 @@ class Steps:
         text = record.getMessage()
         if hit := re.match(r"Task (\S+) cache hit \(key=(\w+)", text):
             self.say(_cached_label(hit[1], self.cache, hit[2]), "cached")
-        elif record.levelno == logging.WARNING:
+        elif record.levelno >= logging.WARNING and "finished with status" not in text:  # that of a step was said already
             self.say("kfp", text)
         return False
 
@@ -291,7 +318,8 @@ def _cached_label(task: str, cache: Path, key: str) -> str:
 
 def code_digest() -> str:
     """Names the code of the steps, which kfp.local's cache keys leave out."""
-    files = sorted(path for room in ("ffn", "components") for path in (ROOT / room).rglob("*.py"))
+    code = [path for room in ("ffn", "components") for path in (ROOT / room).rglob("*.py")]
+    files = sorted([*code, *(ROOT / "ffn" / "data" / "resources").iterdir()])
     return configuration.digest([(str(path.relative_to(ROOT)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
 
 

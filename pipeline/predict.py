@@ -32,9 +32,11 @@ def _champion(model: str, workspace: Workspace) -> FusedModel:
     os.environ.update(workspace.environment())
     from components import tracking
 
-    names = [model] if model else [name for name in tracking.registered() if tracking.version(name, alias="champion")]
+    names = [model] if model else tracking.registered()
     champions = [found for name in names if (found := tracking.version(name, alias="champion"))]
-    if len(champions) != 1:
+    if len(champions) > 1:
+        raise FFNError(f"{len(champions)} champions: {', '.join(found.name for found in champions)}; choose one with --model")
+    if not champions:
         known = ", ".join(tracking.registered()) or "none; train some with `ffn run`"
-        raise FFNError(f"{model or 'no --model given'}: {len(champions)} champions found, expected one; registered models: {known}")
+        raise FFNError(f"{model or 'no --model given'}: no champion; registered models: {known}")
     return FusedModel.load(tracking.download(champions[0]))

@@ -7,7 +7,6 @@ from ffn.checkpoint import read_meta
 from ffn.data.store import SkeletonSet
 from ffn.evaluation import evaluate
 from ffn.scores import measure
-from ffn.training import train_key
 
 
 @step
@@ -20,7 +19,7 @@ def run(*, data: Path, checkpoint: Path, parent: str, out: Path) -> dict[str, st
     names = {"preset": meta.config.preset, "protocol": meta.protocol, "stream": meta.stream}
     with tracking.child(
         parent,
-        key=train_key(meta.data_digest, meta.config, meta.protocol, meta.stream),
+        key=meta.key,
         name="/".join(names.values()),
         kind="train",
         tags={f"ffn.{name}": value for name, value in names.items()},

@@ -15,12 +15,17 @@ STATES = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
 
 @step
 def run(*, name: str, state: str, out: Path) -> None:
-    """Log the table of results of the pipeline run `name` to its MLflow run, write it to `out` as Markdown, end the run."""
+    """Log the table of results of the pipeline run `name` to its MLflow run, write it to `out` as Markdown, end the run.
+
+    A run that is not open is left as it is: `begin` refused to take it up.
+    """
     parent = tracking.parent(name)
     rows = ordered(tracking.results(parent.id))
     text = markdown(rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
+    if not parent.open:
+        return
     if rows:
         parent.text(text, "results.md")
         parent.text(json.dumps(rows, indent=1), "results.json")

@@ -1,9 +1,10 @@
 """Fuse: the streams' scores joined by sample id, for every fusion they allow."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from components import say, step, tracking
 from ffn.checkpoint import publishing_folder
@@ -12,7 +13,19 @@ from ffn.errors import FFNError
 from ffn.fusion import fuse, fusions
 from ffn.scores import Scores, measure
 
-FUSION = "fusion.json"
+RESULT = "result.json"
+FACTS = ("name", "protocol", "data_digest", "classes", "weights", "top1")
+"""What a reader of `result.json` relies on."""
+
+
+class OfStream(Protocol):
+    """What a stream made: scores, a checkpoint."""
+
+    @property
+    def stream(self) -> str: ...
+
+
+Made = TypeVar("Made", bound=OfStream)
 
 
 @step
@@ -23,7 +36,7 @@ def run(*, scores: list[Path], parent: str, out: Path) -> dict[str, str]:
         names = {"preset": fused.preset, "protocol": fused.protocol, "stream": name}
         with tracking.child(
             parent,
-            key=digest("fuse", fused.data_digest, names),
+            key=digest("fuse", fused.data_digest, names, fused.ids, hashlib.sha256(fused.probabilities.tobytes()).hexdigest()),
             name="/".join(names.values()),
             kind="fuse",
             tags={f"ffn.{name}": value for name, value in names.items()},
@@ -35,24 +48,39 @@ def run(*, scores: list[Path], parent: str, out: Path) -> dict[str, str]:
 
 
 def fuse_all(paths: list[Path], out: Path) -> dict[str, Scores]:
-    """Fusion name -> scores; writes `<name>.arrow` for each, and `fusion.json` with name, weights and measures of the widest."""
-    tables = {table.stream: table for table in map(Scores.read, paths)}
+    """Fusion name -> scores; writes `<name>.arrow` for each, and `result.json` with what there is to say of the widest.
+
+    Raises `FFNError` where two tables are of one stream, or do not fit together.
+    """
+    tables = {stream: table for stream, (_, table) in by_stream(paths, Scores.read).items()}
     made: dict[str, Scores] = {}
     with publishing_folder(out) as partial:
         for name, weights in plan(tables).items():
             made[name] = fuse(tables, weights, name)
             made[name].write(partial / f"{name}.arrow")
-            (partial / FUSION).write_text(json.dumps({"name": name, "weights": weights, **measure(made[name]).to_dict()}))
+            said = {what: getattr(made[name], what) for what in ("protocol", "data_digest", "classes")}
+            (partial / RESULT).write_text(json.dumps({"name": name, **said, "weights": weights, **measure(made[name]).to_dict()}))
     return made
 
 
+def by_stream(paths: Iterable[Path], read: Callable[[Path], Made]) -> dict[str, tuple[Path, Made]]:
+    """Stream -> (path, what `read` makes of it). Raises `FFNError` naming two paths of one stream."""
+    found: dict[str, tuple[Path, Made]] = {}
+    for path in paths:
+        made = read(path)
+        if made.stream in found:
+            raise FFNError(f"{found[made.stream][0]} and {path}: both of stream {made.stream}, expected one of each stream")
+        found[made.stream] = path, made
+    return found
+
+
 def read_fusion(folder: Path) -> dict[str, Any]:
-    """Name, weights and measures of the fusion in `folder`. Raises `FFNError` where there is none."""
+    """What `fuse_all` said of the widest fusion in `folder`. Raises `FFNError` where there is none."""
     try:
-        fusion: dict[str, Any] = json.loads((folder / FUSION).read_text())
-    except (OSError, ValueError) as error:
+        said = json.loads((folder / RESULT).read_text())
+        return {what: said[what] for what in FACTS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise FFNError(f"{folder}: not fused scores ({error}); make them with `ffn fuse`") from None
-    return fusion
 
 
 def plan(streams: Mapping[str, Scores]) -> dict[str, dict[str, float]]:

@@ -1,6 +1,5 @@
 """Gate: may the challenger become champion? Only if it is not worse on the same protocol and the same data."""
 
-import json
 from pathlib import Path
 
 from components import say, step, tracking
@@ -28,7 +27,7 @@ def decide(challenger: Version, champion: Version | None, data: Path) -> tuple[s
         return "promote", "there is no champion yet"
     if challenger.tags.get("rolled_back"):
         return "hold", f"it was rolled back by hand ({challenger.tags['rolled_back']}); promote it by hand"
-    for what in ("protocol", "layout", "space", "classes_digest"):
+    for what in ("protocol", "layout", "layout_digest", "space", "classes_digest"):
         ours, theirs = challenger.tags.get(what), champion.tags.get(what)
         if ours != theirs:
             return "hold", f"not comparable with champion version {champion.number}: {what} {ours} against {theirs}"
@@ -45,9 +44,10 @@ def top1_on(version: Version, data: Path) -> float:
     # Imported here: a gate without a champion to measure again starts without torch.
     from ffn.evaluation import evaluate
     from ffn.fusion import fuse
+    from ffn.inference import FusedModel
     from ffn.scores import measure
 
     folder, skeletons = tracking.download(version), SkeletonSet.open(data)
-    weights = json.loads((folder / "fusion.json").read_text())
+    weights = FusedModel.load(folder).weights
     scores = {stream: evaluate(skeletons, folder / stream) for stream in weights}
     return measure(fuse(scores, weights, version.tags["fusion"])).top1

@@ -15,26 +15,34 @@ def run(*, model: str) -> None:
 
 
 def promote(version: Version, reason: str) -> str:
-    """`version` becomes `champion`, the one before it `previous`; done twice it is done once. Returns what happened."""
+    """`version` becomes `champion`, the one before it `previous`; done twice it is done once. Returns what happened.
+
+    The alias `champion` moves last: what a kill cuts off before, the next attempt does.
+    """
     champion = tracking.version(version.name, alias="champion")
     if champion and champion.number == version.number:
         return f"{version.name} version {version.number} is champion already"
+    tracking.mark(version, {"promoted": _now(), "promoted_because": reason, "rolled_back": ""})
     if champion:
         tracking.point(champion, "previous")
     tracking.point(version, "champion")
-    tracking.mark(version, {"promoted": _now(), "promoted_because": reason, "rolled_back": ""})
     return f"{version.name} version {version.number} is champion" + (f", version {champion.number} previous" if champion else "")
 
 
 def rollback(name: str) -> str:
-    """`champion` goes back to `previous`, and `previous` names the one rolled back. Raises `FFNError` where there is none."""
+    """`champion` goes back to `previous`, and `previous` names the one rolled back. Raises `FFNError` where there is none.
+
+    Two aliases cannot move at once: the tag `instead_of` tells the next attempt which version a kill kept from `previous`.
+    """
     champion, previous = (tracking.version(name, alias=alias) for alias in ("champion", "previous"))
     if not champion:
         raise FFNError(f"{name}: no champion; registered models: {', '.join(tracking.registered()) or '(none)'}")
+    if previous and previous.number == champion.number and (number := champion.tags.get("instead_of")):
+        champion = tracking.version(name, number=number) or champion
     if not previous or previous.number == champion.number:
         raise FFNError(f"{name}: champion is version {champion.number} and there is no previous one to go back to")
     tracking.mark(champion, {"rolled_back": _now()})
-    tracking.mark(previous, {"rolled_back": ""})
+    tracking.mark(previous, {"rolled_back": "", "instead_of": champion.number})
     tracking.point(previous, "champion")
     tracking.point(champion, "previous")
     return f"{name} version {previous.number} is champion again, version {champion.number} previous"

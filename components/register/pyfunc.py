@@ -8,7 +8,6 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from numpy.typing import NDArray
 
 from ffn.inference import FusedModel
 
@@ -22,7 +21,7 @@ class Recogniser(PythonModel):  # type: ignore[misc]
     def predict(self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, int] | None = None) -> pd.DataFrame:
         """One row per recording: `label`, `probability`, and `probabilities` as a mapping from class name."""
         size = (params["width"], params["height"]) if params else None
-        p = self.model.predict([unpadded(clip) for clip in np.asarray(model_input, np.float32)], image_size=size)
+        p = self.model.predict(list(np.asarray(model_input, np.float32)), image_size=size)
         best = p.argmax(1)
         return pd.DataFrame(
             {
@@ -31,14 +30,6 @@ class Recogniser(PythonModel):  # type: ignore[misc]
                 "probabilities": [dict(zip(self.model.classes, row.tolist(), strict=True)) for row in p],
             }
         )
-
-
-def unpadded(clip: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The clip (M, T, V, 3) without persons of zeros only and without trailing frames of zeros only; never empty."""
-    seen = (clip != 0).any(axis=(2, 3))
-    persons = seen.any(1)
-    frames = np.flatnonzero(seen.any(0))
-    return clip[persons][:, : frames[-1] + 1] if len(frames) else clip[:1, :1]
 
 
 mlflow.models.set_model(Recogniser())

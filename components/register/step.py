@@ -1,15 +1,18 @@
 """Register: the fused model as a version of `ffn-<protocol>`, alias `challenger`."""
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from components import say, step, tracking
-from components.fuse.step import read_fusion
-from ffn.checkpoint import read_meta
-from ffn.config import digest, to_dict
+from components.fuse.step import by_stream, read_fusion
+from components.train.step import example
+from ffn.checkpoint import Checkpoint, read_meta
+from ffn.config import digest
 from ffn.data.store import SkeletonSet
+from ffn.errors import FFNError
 from ffn.inference import write_fused
 
 
@@ -17,22 +20,21 @@ from ffn.inference import write_fused
 def run(*, data: Path, checkpoints: list[Path], fused: Path, name: str, parent: str) -> str:
     """Returns the version's URI, `models:/ffn-<protocol>/<number>`; the same streams give the same version.
 
-    `fused` is the folder that fusion wrote, `name` that of the pipeline run.
+    `fused` is the folder that fusion wrote, `name` that of the pipeline run. Raises `FFNError` where data, checkpoints and
+    fusion are not of one protocol, data set, set of classes and streams.
     """
     fusion = read_fusion(fused)
-    streams = {meta.stream: (folder, meta) for folder in checkpoints for meta in [read_meta(folder)]}
+    streams = by_stream(checkpoints, read_meta)
     meta = next(iter(streams.values()))[1]
-    key = digest(
-        "register", meta.data_digest, meta.protocol, fusion["weights"], {s: to_dict(m.config) for s, (_, m) in streams.items()}
-    )
     skeletons = SkeletonSet.open(data)
+    require_fit(skeletons, streams, fused, fusion)
+    key = digest("register", meta.data_digest, meta.protocol, fusion["weights"], {s: m.key for s, (_, m) in streams.items()})
     with (
         tracking.child(parent, key=key, name=f"{meta.config.preset}/{meta.protocol}/register", kind="register") as track,
         tempfile.TemporaryDirectory() as scratch,
     ):
         folder = write_fused(Path(scratch) / "fused", {s: path for s, (path, _) in streams.items()}, fusion["weights"])
-        row = int(skeletons.split(meta.protocol).test[0])
-        model = track.model(folder, meta, skeletons.sample(row)[None].astype(np.float32))
+        model = track.model(folder, meta, example(skeletons, int(skeletons.split(meta.protocol).test[0])))
         version = tracking.register(
             f"ffn-{meta.protocol}",
             model,
@@ -45,6 +47,7 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, name: str, parent: 
                 "classes": str(len(meta.classes)),
                 "classes_digest": digest(meta.classes),
                 "layout": meta.layout.name,
+                "layout_digest": digest(asdict(meta.layout)),
                 "space": meta.space,
                 "fusion": fusion["name"],
                 "top1": repr(fusion["top1"]),
@@ -56,3 +59,22 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, name: str, parent: 
         track.metrics({"version": int(version.number)})
     say(f"{version.name} version {version.number}, alias challenger")
     return version.uri
+
+
+def require_fit(data: SkeletonSet, streams: Mapping[str, tuple[Path, Checkpoint]], fused: Path, fusion: Mapping[str, Any]) -> None:
+    """Raise `FFNError` naming the first two of data, checkpoints and fusion that do not belong together."""
+    for folder, meta in streams.values():
+        if meta.data_digest != data.digest:
+            raise FFNError(
+                f"{folder}: trained on data {meta.data_digest}, but {data.path} is {data.digest}; give the data it was trained on"
+            )
+        for what, ours, theirs in (
+            ("protocol", meta.protocol, fusion["protocol"]),
+            ("data", meta.data_digest, fusion["data_digest"]),
+            ("classes", digest(meta.classes), digest(fusion["classes"])),
+        ):
+            if ours != theirs:
+                raise FFNError(f"{folder} and {fused}: differ in {what}, {ours} and {theirs}; fuse the scores of these checkpoints")
+    if set(streams) != set(fusion["weights"]):
+        given, wanted = ", ".join(sorted(streams)), ", ".join(sorted(fusion["weights"]))
+        raise FFNError(f"{fused}: fused from streams {wanted}, but the checkpoints are of {given}; give one checkpoint per stream")

@@ -1,8 +1,12 @@
 """The steps one after the other on a toy set, each twice: what is retried is neither a second run nor a second version."""
 
+import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import mlflow
 import numpy as np
@@ -14,17 +18,23 @@ from components import tracking
 from components.begin.step import run as begin
 from components.evaluate.step import run as evaluate
 from components.finish.step import run as finish
+from components.fuse.step import fuse_all, read_fusion
 from components.fuse.step import run as fuse
 from components.gate.step import decide
 from components.gate.step import run as gate
 from components.promote.step import promote, rollback
 from components.promote.step import run as promote_step
+from components.register.step import require_fit
 from components.register.step import run as register
 from components.tracking import Version
 from components.train.step import run as train
+from ffn.checkpoint import Checkpoint
+from ffn.config import preset
 from ffn.data.store import SkeletonSet
 from ffn.errors import FFNError
 from ffn.inference import FusedModel
+from ffn.layouts import NTU25
+from ffn.scores import Scores
 from tests.components.conftest import TINY
 from tests.components.test_tracking import children
 from tests.conftest import toy_recordings, write_set
@@ -39,7 +49,7 @@ class Pipeline:
     name: str = "demo"
 
     def __post_init__(self) -> None:
-        self.parent = begin(name=self.name, source="toy", source_version="1", preset="S4", overrides=TINY)
+        self.parent = begin(name=self.name, source="toy", source_version="1", space="3d", preset="S4", overrides=TINY)
 
     def train(self, stream: str, *overrides: str) -> Path:
         out = self.root / stream / "checkpoint"
@@ -64,11 +74,14 @@ class Pipeline:
 def test_from_training_to_champion_everything_twice(store: MlflowClient, toy: SkeletonSet, tmp_path: Path) -> None:
     steps = Pipeline(toy.path, tmp_path)
     uri = steps.register()
+    (registered,) = (run for run in children(store, steps.parent) if run.info.run_name == "S4/p/register")
+    store.delete_tag(registered.info.run_id, "ffn.model")  # a kill between the model and its tag
     assert steps.register() == uri == "models:/ffn-p/1"
 
     runs = {run.info.run_name: run for run in children(store, steps.parent)}
     assert sorted(runs) == ["S4/p/2s", "S4/p/b", "S4/p/j", "S4/p/register"]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert len(runs["S4/p/register"].outputs.model_outputs) == 1
     stream = runs["S4/p/j"]
     for metric in ("train_loss", "train_top1", "train_lr", "top1", "loss"):
         steps_logged = [point.step for point in store.get_metric_history(stream.info.run_id, metric)]
@@ -85,7 +98,7 @@ def test_from_training_to_champion_everything_twice(store: MlflowClient, toy: Sk
     version = tracking.version("ffn-p", alias="challenger")
     assert version
     assert version.tags["data_digest"] == toy.digest
-    assert float(version.tags["top1"]) == json.loads((tmp_path / "fused" / "fusion.json").read_text())["top1"]
+    assert float(version.tags["top1"]) == json.loads((tmp_path / "fused" / "result.json").read_text())["top1"]
 
     assert gate(model=uri, data=toy.path) == "promote"
     promote_step(model=uri)
@@ -137,6 +150,7 @@ def version(number: int, **tags: str) -> Version:
         ({"top1": "0.5"}, "promote", "top1 50.00 % is not worse than 50.00 % of champion version 1"),
         ({"top1": "0.499"}, "hold", "top1 49.90 % is worse than 50.00 % of champion version 1"),
         ({"top1": "0.9", "classes_digest": "e"}, "hold", "not comparable with champion version 1: classes_digest e against c"),
+        ({"top1": "0.9", "layout_digest": "l"}, "hold", "not comparable with champion version 1: layout_digest l against None"),
         ({"top1": "0.9", "space": "2d"}, "hold", "not comparable with champion version 1: space 2d against 3d"),
         ({"top1": "0.9", "rolled_back": "2026-01-01"}, "hold", "it was rolled back by hand (2026-01-01); promote it by hand"),
     ],
@@ -187,6 +201,94 @@ def test_promotion_and_rollback_move_the_aliases_once(store: MlflowClient) -> No
     assert not tracking.at(three.uri).tags["rolled_back"]
     with pytest.raises(FFNError, match="ffn-q: no champion; registered models: ffn-p"):
         rollback("ffn-q")
+
+
+@pytest.mark.parametrize("calls", range(1, 5))
+def test_a_promotion_or_rollback_that_is_cut_off_is_finished_by_the_next(
+    store: MlflowClient, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    one, two, _ = three_versions(store)
+    promote(one, "first")
+    tracking.mark(two, {"rolled_back": "2026-01-01"})
+
+    def cut_off(work: Callable[[], str]) -> None:
+        """Do `work` twice; the first attempt is killed after its calls that change the registry, as many as `calls`."""
+        left = iter(range(calls))
+
+        def until_killed(do: Callable[[Version, Any], None]) -> Callable[[Version, Any], None]:
+            def change(version: Version, what: Any) -> None:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                do(version, what)
+
+            return change
+
+        with monkeypatch.context() as patched:
+            for name in ("mark", "point"):
+                patched.setattr(tracking, name, until_killed(getattr(tracking, name)))
+            with contextlib.suppress(KeyboardInterrupt):
+                work()
+                return
+        work()
+
+    cut_off(lambda: promote(two, "better"))
+    assert aliases() == {"champion": "2", "previous": "1"}
+    assert (tracking.at(two.uri).tags["promoted_because"], tracking.at(two.uri).tags["rolled_back"]) == ("better", "")
+    cut_off(lambda: rollback("ffn-p"))
+    assert aliases() == {"champion": "1", "previous": "2"}
+    assert (bool(tracking.at(two.uri).tags["rolled_back"]), tracking.at(one.uri).tags["rolled_back"]) == (True, "")
+
+
+def table(path: Path, *, stream: str = "j", flip: bool = False) -> Path:
+    p = np.array([[0.75, 0.25], [0.5, 0.5]], np.float32)
+    return Scores(
+        ids=("a", "b"), labels=np.array([0, 1]), probabilities=p[:, ::-1] if flip else p, classes=("x", "y"), protocol="p",
+        stream=stream, preset="S4", data_digest="d",
+    ).write(path)  # fmt: skip
+
+
+def test_two_inputs_of_one_stream_are_named(tmp_path: Path) -> None:
+    first, second = table(tmp_path / "1.arrow"), table(tmp_path / "2.arrow")
+    with pytest.raises(FFNError, match=f"{first} and {second}: both of stream j"):
+        fuse_all([first, second], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_scores_are_another_fusion(store: MlflowClient, tmp_path: Path) -> None:
+    parent = tracking.begin("demo", {})
+    for flip in (False, True, True):
+        scores = [table(tmp_path / "j.arrow", flip=flip), table(tmp_path / "b.arrow", stream="b")]
+        fuse(scores=scores, parent=parent, out=tmp_path / "fused")
+    assert [run.info.run_name for run in children(store, parent)] == ["S4/p/2s"] * 2
+
+
+def test_a_fused_model_is_not_fused_scores(tmp_path: Path) -> None:
+    for said in ("{}", "[]", json.dumps({"j": 1.0})):
+        (tmp_path / "result.json").write_text(said)
+        with pytest.raises(FFNError, match="not fused scores"):
+            read_fusion(tmp_path)
+
+
+FUSION = {"protocol": "p", "data_digest": "d", "classes": ["x", "y"], "weights": {"j": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("digest", "fusion", "said"),
+    [
+        ("e", FUSION, "j: trained on data d, but set.arrow is e"),
+        ("d", {**FUSION, "protocol": "q"}, "j and fused: differ in protocol, p and q"),
+        ("d", {**FUSION, "data_digest": "e"}, "j and fused: differ in data, d and e"),
+        ("d", {**FUSION, "classes": ["y", "x"]}, "j and fused: differ in classes"),
+        ("d", {**FUSION, "weights": {"j": 1.0, "b": 1.0}}, "fused: fused from streams b, j, but the checkpoints are of j"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_registered(digest: str, fusion: dict[str, Any], said: str) -> None:
+    meta = Checkpoint(
+        config=preset("S4"), layout=NTU25, space="3d", classes=("x", "y"), protocol="p", stream="j", data_digest="d", key="k"
+    )
+    data = cast(SkeletonSet, SimpleNamespace(digest=digest, path=Path("set.arrow")))
+    with pytest.raises(FFNError, match=said):
+        require_fit(data, {"j": (Path("j"), meta)}, Path("fused"), fusion)
 
 
 def test_registering_again_with_the_same_key_gives_the_same_version(store: MlflowClient) -> None:

@@ -1,6 +1,8 @@
 """The command line: one clear line for a mistake, steps on paths, the exit status."""
 
 import json
+import logging
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from ffn.data.synth import write_ntu
+from ffn.errors import FFNError
+from pipeline import local
 from pipeline.cli import main
-from pipeline.local import last_line
+from pipeline.local import Steps, Workspace, alone, last_line, workspace
+from pipeline.local import run as run_here
+from pipeline.predict import top
 
 TINY = ["training.epochs=1", "training.batch_size=8", "model.width=8", "model.depths=1", "clip.frames=8", "clip.test_clips=1"]
 SETTINGS = [part for setting in TINY for part in ("--set", setting)]
@@ -50,7 +56,7 @@ def test_every_step_runs_alone_on_paths(
         )
         assert main(["evaluate", "--data", "set.arrow", "--checkpoint", stream, "--out", f"{stream}.arrow"]) == 0
     assert main(["fuse", "j.arrow", "b.arrow", "--out", "fused"]) == 0
-    assert json.loads(Path("fused/fusion.json").read_text())["weights"] == {"j": 1.0, "b": 1.0}
+    assert json.loads(Path("fused/result.json").read_text())["weights"] == {"j": 1.0, "b": 1.0}
     assert json.loads(Path("j/config.json").read_text())["config"]["training"]["seed"] == 3
     assert "ntu60-xsub/2s: top1 " in capsys.readouterr().out
     assert main(["predict", str(next(raw.glob("*.skeleton"))), "--checkpoint", "j", "--top", "3"]) == 0
@@ -67,6 +73,9 @@ def test_every_step_runs_alone_on_paths(
         (["run", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["run", "--data", ".", "--preset", "S5"], "unknown preset 'S5'"),
         (["run", "--data", ".", "--set", "training.epoch=1"], "did you mean training.epochs"),
+        (["run", "--data", ".", "--set", "training.epochs=0"], "training.epochs=0: expected"),
+        (["run", "--data", ".", "--name", "a/b"], "--name 'a/b'"),
+        (["run", "--data", ".", "--protocols", "ntu60-xsub,it's"], 'protocol "it\'s"'),
         (["run", "--data", ".", "--workspace", "python3/x"], "kfp.local rewrites the text 'python3'"),
         (["train", "--data", "x.arrow", "--protocol", "p", "--stream", "j", "--out", "o"], "x.arrow: no such skeleton set"),
         (["evaluate", "--data", "x.arrow", "--checkpoint", "c", "--out", "o"], "x.arrow: no such skeleton set"),
@@ -122,3 +131,56 @@ def test_help_is_instant() -> None:
 def test_a_failed_steps_clear_line_is_found(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "log").write_text(text)
     assert last_line(tmp_path / "log") == said
+
+
+def test_one_name_is_run_once_at_a_time(tmp_path: Path) -> None:
+    here = Workspace(root=tmp_path / "workspace")
+
+    def again() -> None:
+        run_here(source=tmp_path, protocols=["p"], streams=["j"], preset="S4", name="demo", workspace=here)
+
+    with alone(here.root / "logs" / "demo", "demo"), pytest.raises(FFNError, match="run demo is going on already"):
+        again()
+    with alone(here.root / "logs" / "demo", "demo"):
+        pass
+
+
+def test_a_list_of_names_is_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = tmp_path / "ffn" / "data" / "resources" / "names.txt"
+    names.parent.mkdir(parents=True)
+    monkeypatch.setattr(local, "ROOT", tmp_path)
+    names.write_text("a")
+    before = local.code_digest()
+    names.write_text("b")
+    assert local.code_digest() != before
+
+
+def test_the_command_that_shows_the_runs_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / "my runs"
+    assert shlex.split(workspace(root).ui())[-1] == f"sqlite:///{root}/mlflow.db"
+
+
+def test_what_kfp_warns_of_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(logs=tmp_path, cache=tmp_path, environment={})
+    said: list[str] = []
+    monkeypatch.setattr(steps, "say", lambda _, text: said.append(text))
+    for level in (logging.INFO, logging.WARNING, logging.ERROR):
+        assert not steps._heard(logging.LogRecord("kfp", level, "", 0, f"level {level}", None, None))
+    steps._heard(logging.LogRecord("kfp", logging.ERROR, "", 0, "Task 'train' finished with status FAILURE", None, None))
+    assert said == ["level 30", "level 40"]
+
+
+def test_one_of_several_champions_is_to_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from components import tracking
+
+    for name in ("MLFLOW_TRACKING_URI", "FFN_ARTIFACTS"):  # `predict` sets them for its process
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(tracking, "registered", lambda: ["ffn-p", "ffn-q", "ffn-r"])
+    monkeypatch.setattr(
+        tracking, "version", lambda name, alias: None if name == "ffn-r" else tracking.Version(name=name, number="1", tags={})
+    )
+    with pytest.raises(FFNError, match=r"2 champions: ffn-p, ffn-q; choose one with --model$"):
+        top(tmp_path / "x.skeleton", model="", checkpoint=None, count=1, workspace=Workspace(root=tmp_path))
+    with pytest.raises(FFNError, match="ffn-r: no champion; registered models: ffn-p, ffn-q, ffn-r"):
+        top(tmp_path / "x.skeleton", model="ffn-r", checkpoint=None, count=1, workspace=Workspace(root=tmp_path))

@@ -15,6 +15,7 @@ from ffn.config import STREAMS
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS
 from pipeline import picture
+from pipeline.cli import main
 from pipeline.dag import build
 from pipeline.settings import Settings
 
@@ -86,7 +87,7 @@ def test_on_this_machine_nothing_is_asked_for_and_work_is_cached(tmp_path: Path)
     of = tasks(spec)
     assert "resources" not in container(spec, of["train"][0])
     assert {name for name in of for task in of[name] if task.get("cachingOptions", {}).get("enableCache")} == {
-        "ingest", "train", "evaluate", "fuse", "register",
+        "ingest", "train", "evaluate", "fuse",
     }  # fmt: skip
 
 
@@ -102,6 +103,12 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("FFN_GPUS", "many")
     with pytest.raises(FFNError, match="FFN_GPUS='many': expected a whole number"):
         Settings.from_environment()
+
+
+def test_a_protocol_that_cannot_name_files_is_not_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "--protocols", "p,a/b", "--out", str(tmp_path / "pipeline.yaml")]) == 2
+    assert "protocol 'a/b'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_compiling_loads_neither_torch_nor_mlflow(tmp_path: Path) -> None:
