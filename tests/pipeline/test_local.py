@@ -30,7 +30,7 @@ SETTINGS = (
 )
 
 
-class Workplace:
+class Laptop:
     """A folder with recordings and a workspace, and `ffn run` on them."""
 
     def __init__(self, root: Path) -> None:
@@ -57,8 +57,8 @@ class Workplace:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace(tmp_path_factory.mktemp("local"))
+def place(tmp_path_factory: pytest.TempPathFactory) -> Laptop:
+    return Laptop(tmp_path_factory.mktemp("local"))
 
 
 def until(process: "subprocess.Popen[str]", wanted: str) -> list[str]:
@@ -91,7 +91,7 @@ def statuses(client: MlflowClient) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-def test_killed_in_mid_epoch_then_taken_up_again(place: Workplace) -> None:
+def test_killed_in_mid_epoch_then_taken_up_again(place: Laptop) -> None:
     first = place.start()
     until(first, r"^train \S+/j +epoch +1/4")
     training(first, "j").send_signal(signal.SIGKILL)
@@ -143,7 +143,7 @@ def test_killed_in_mid_epoch_then_taken_up_again(place: Workplace) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_every_step_and_closes_the_run(tmp_path: Path, place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_ends_every_step_and_closes_the_run(tmp_path: Path, place: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(place, "workspace", tmp_path / "workspace")
     process = place.start()
     until(process, r"^train \S+/j +started")
