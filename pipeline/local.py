@@ -58,13 +58,17 @@ class Workspace:
         return given
 
     def ui(self) -> str:
-        """The command that shows the runs and the page to open, or the address where they are."""
+        """The command that serves the runs of a database in the workspace; nothing where a server does already."""
         if not self.tracking_uri.startswith("sqlite:"):
-            return self.tracking_uri
+            return ""
         mlflow = str(Path(sys.executable).with_name("mlflow"))
         command = shlex.join([mlflow, "ui", "--workers", "1", "--backend-store-uri", self.tracking_uri])
-        page = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
-        return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {command}\n\nand open {page}"
+        return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {command}"
+
+    def page(self) -> str:
+        """Where the runs are to be seen; MLflow's interface begins with its view of language models unless told otherwise."""
+        server = "http://127.0.0.1:5000" if self.tracking_uri.startswith("sqlite:") else self.tracking_uri.rstrip("/")
+        return f"{server}/#/experiments?workflowType=machine_learning"
 
 
 def workspace(path: Path | str | None = None) -> Workspace:
