@@ -60,6 +60,16 @@ class Child:
     id: str
     client: MlflowClient
 
+    def page(self) -> str:
+        """Where MLflow's interface lists this run and its like; on this machine where the store is a database.
+
+        The interface begins with its view of language models unless the address says otherwise.
+        """
+        uri = mlflow.get_tracking_uri()
+        server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+        experiment = self.client.get_run(self.id).info.experiment_id
+        return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+
     def params(self, values: Mapping[str, object]) -> None:
         """Log parameters; one that was logged before keeps its first value."""
         known = self.client.get_run(self.id).data.params

@@ -127,8 +127,9 @@ def run(given: argparse.Namespace) -> int:
     except local.StepFailed as failure:
         print(f"ffn: error: {failure}", file=sys.stderr)
         return 2 if failure.status == 2 else 1
-    serve = f"serve the runs and models with\n\n    {here.ui()}\n\nand " if here.ui() else ""
-    print(f"\ntop1 in percent, run {name}\n\n{table}\n{serve}look at them at {here.page()}\n")
+    print(f"\ntop1 in percent, run {name}\n\n{table}")
+    if here.ui():
+        print(f"which this command serves:\n\n    {here.ui()}\n")
     return 0
 
 

@@ -65,11 +65,6 @@ class Workspace:
         command = shlex.join([mlflow, "ui", "--workers", "1", "--backend-store-uri", self.tracking_uri])
         return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {command}"
 
-    def page(self) -> str:
-        """Where the runs are to be seen; MLflow's interface begins with its view of language models unless told otherwise."""
-        server = "http://127.0.0.1:5000" if self.tracking_uri.startswith("sqlite:") else self.tracking_uri.rstrip("/")
-        return f"{server}/#/experiments?workflowType=machine_learning"
-
 
 def workspace(path: Path | str | None = None) -> Workspace:
     """The workspace at `path`, else at FFN_WORKSPACE, else `.ffn` where the command runs."""

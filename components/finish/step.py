@@ -21,7 +21,7 @@ def run(*, name: str, state: str, out: Path) -> None:
     """
     parent = tracking.parent(name)
     rows = ordered(tracking.results(parent.id))
-    text = markdown(rows)
+    text = f"{markdown(rows)}\nRuns and models: {parent.page()}\n"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
     if not parent.open:

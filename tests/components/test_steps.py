@@ -115,7 +115,11 @@ def test_from_training_to_champion_everything_twice(store: MlflowClient, toy: Sk
     parent = store.get_run(steps.parent)
     assert parent.info.status == "FINISHED"
     assert {item.path for item in store.list_artifacts(steps.parent)} == {"results.md", "results.json", "results.png"}
-    header, _, row = table.read_text().splitlines()
+    header, _, row, _, page = table.read_text().splitlines()
+    assert (
+        page
+        == f"Runs and models: http://127.0.0.1:5000/#/experiments/{parent.info.experiment_id}/runs?workflowType=machine_learning"
+    )
     assert header.split() == ["|", "protocol", "|", "j", "|", "b", "|", "2s", "|"]
     assert row.split()[-2] == f"{100 * float(version.tags['top1']):.1f}"
 
