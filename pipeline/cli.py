@@ -19,16 +19,21 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for a failed step, 2 for a mistake to mend, 130 interrupted."""
+    """Run the command line; returns the exit status: 0, 1 a failed step, 2 a mistake to mend, 130 interrupted, 141 unread."""
     given = parser().parse_args(arguments)
     try:
-        return int(given.verb(given) or 0)
+        status = int(given.verb(given) or 0)
+        sys.stdout.flush()
+        return status
     except FFNError as error:
         print(f"ffn: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ffn: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def parser() -> argparse.ArgumentParser:

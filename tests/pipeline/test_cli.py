@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -113,6 +114,15 @@ def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr("pipeline.local.run", interrupted)
     assert main(["run", "--data", "."]) == 130
     assert capsys.readouterr().err == "ffn: interrupted; the same command goes on where it stopped\n"
+
+
+def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "pipeline.cli", "synth", str(tmp_path / "s"), "--repeats", "2"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_is_instant() -> None:
