@@ -1,6 +1,7 @@
 """Batches of clips straight from the ragged keypoint buffer: sampling, normalisation, stream and padding as tensor code."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -94,22 +95,23 @@ class Sampler:
         first = self.starts[index, None] + torch.where(present, persons, 0) * self.frames[index, None]  # (N, M)
         rows = first[:, :, None] + number[:, None, :]  # (N, M, T)
         last = (number == self.frames[index, None] - 1)[:, None, :].expand_as(rows)
-        x = self._frames(index, rows)
+        normalize = self._normalization(index)
+        x = normalize(self.keypoints[rows].float())
         if "b" in self.stream:
             x = streams.bone(x, self.layout, self.space)
         if "m" in self.stream:
-            following = self._frames(index, torch.where(last, rows, rows + 1))
+            following = normalize(self.keypoints[torch.where(last, rows, rows + 1)].float())
             if "b" in self.stream:
                 following = streams.bone(following, self.layout, self.space)
             x = streams.motion(x, following, last, self.space)
         return x * present[:, :, None, None, None]
 
-    def _frames(self, index: Tensor, rows: Tensor) -> Tensor:
-        x = self.keypoints[rows].float()
+    def _normalization(self, index: Tensor) -> Callable[[Tensor], Tensor]:
+        """What turns keypoints (N, M, T, V, 3) of the samples `index` (N,) into normalised ones."""
         if self.space == "2d":
-            return streams.normalize_2d(x, self.image_sizes[index])
-        main = self.keypoints[self.starts[index]].float()
-        return streams.normalize_3d(x, *streams.alignment(main, self.layout))
+            return functools.partial(streams.normalize_2d, image_size=self.image_sizes[index])
+        origin, turn = streams.alignment(self.keypoints[self.starts[index]].float(), self.layout)
+        return functools.partial(streams.normalize_3d, origin=origin, turn=turn)
 
 
 def frame_numbers(frames: Tensor, start: Tensor, draws: Tensor) -> Tensor:

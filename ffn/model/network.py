@@ -10,6 +10,7 @@ from ffn.config import ModelConfig
 from ffn.errors import FFNError
 from ffn.layouts import Layout
 from ffn.model.attention import AFF, CVSTA, DropAttention, MSCAMGate
+from ffn.model.common import channels_last_, shortcut
 from ffn.model.graph import spatial_adjacency
 from ffn.model.rivals.aagcn import AAGCN
 from ffn.model.rivals.agcn import AGCN
@@ -70,9 +71,7 @@ class Block(nn.Module):
             self.attention = DropAttention()
         self.residual: nn.Module | None = None
         if residual:
-            self.residual = nn.Identity()
-            if in_channels != out_channels or stride > 1:
-                self.residual = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, (stride, 1)), nn.BatchNorm2d(out_channels))
+            self.residual = shortcut(in_channels, out_channels, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.spatial(x)
@@ -108,9 +107,7 @@ class Network(nn.Module):
         self.classifier = nn.Linear(width, classes)
         nn.init.normal_(self.classifier.weight, 0, 0.01)
         nn.init.zeros_(self.classifier.bias)
-        for parameter in self.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        channels_last_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         n, m, t, v, c = x.shape

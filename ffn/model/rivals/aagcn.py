@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from ffn.layouts import Layout
+from ffn.model.common import channels_last_, shortcut
 from ffn.model.rivals.agcn import AdaptiveGCN
-from ffn.model.rivals.common import Block, Head, PersonNorm, channels_last_, directed_adjacency, shortcut, ten_blocks
+from ffn.model.rivals.common import Block, Head, PersonNorm, directed_adjacency, ten_blocks
 from ffn.model.temporal import TCN
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ffn.layouts import Layout
-from ffn.model.rivals.common import Block, Head, PersonNorm, channels_last_, directed_adjacency, fan_out_, shortcut, ten_blocks
+from ffn.model.common import channels_last_, shortcut
+from ffn.model.rivals.common import Block, Head, PersonNorm, directed_adjacency, fan_out_, ten_blocks
 from ffn.model.temporal import TCN
 
 

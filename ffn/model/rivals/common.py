@@ -36,25 +36,11 @@ def ten_blocks(channels: int, width: int) -> Iterator[tuple[int, int, int]]:
             channels = width * 2**stage
 
 
-def shortcut(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Module:
-    """The identity, or a strided 1x1 convolution with batch-norm where the shape changes."""
-    if in_channels == out_channels and stride == 1:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, (stride, 1)), nn.BatchNorm2d(out_channels))
-
-
 def fan_out_(conv: nn.Conv2d, channels: int) -> None:
     """Kaiming fan-out for a 1x1 convolution that holds several of `channels` outputs each; biases zero."""
     nn.init.normal_(conv.weight, 0, (2 / channels) ** 0.5)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
-
-
-def channels_last_(network: nn.Module) -> None:
-    """The weights in the order in memory that the features have."""
-    for parameter in network.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 class Block(nn.Module):

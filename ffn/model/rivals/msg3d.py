@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffn.layouts import Layout
-from ffn.model.rivals.common import Head, PersonNorm, TemporalBranches, channels_last_, shortcut
+from ffn.model.common import channels_last_, shortcut
+from ffn.model.rivals.common import Head, PersonNorm, TemporalBranches
 
 
 class MSG3D(nn.Module):

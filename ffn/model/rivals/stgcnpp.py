@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from ffn.layouts import Layout
-from ffn.model.rivals.common import Block, Head, TemporalBranches, channels_last_, directed_adjacency, shortcut, ten_blocks
+from ffn.model.common import channels_last_, shortcut
+from ffn.model.rivals.common import Block, Head, TemporalBranches, directed_adjacency, ten_blocks
 from ffn.model.spatial import aggregate
 
 
