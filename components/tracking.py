@@ -36,6 +36,7 @@ import ffn
 from ffn.checkpoint import Checkpoint
 from ffn.data.store import SkeletonSet
 from ffn.errors import FFNError
+from ffn.report import Result
 from ffn.scores import Metrics
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ PYFUNC = Path(__file__).parent / "register" / "pyfunc.py"
 SERVING_REQUIREMENTS = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
 SAMPLING_SECONDS = 5.0
 """Between two samples of the system metrics."""
+
+MOST_RUNS = 50_000
+"""The most that MLflow returns at once."""
 
 PARAM_LENGTH = 6000
 """The longest parameter value MLflow takes."""
@@ -82,6 +86,10 @@ class Child:
         now = int(time.time() * 1000)
         new = [Metric(name, float(value), now, step) for name, value in values.items() if known.get(name) != value]
         self.client.log_batch(self.id, metrics=new)
+
+    def param(self, name: str) -> str:
+        """A parameter that was logged; empty where it was not."""
+        return str(self.client.get_run(self.id).data.params.get(name, ""))
 
     def steps(self, metric: str) -> set[int]:
         """The steps at which `metric` was logged."""
@@ -211,10 +219,10 @@ def parent(name: str) -> Child:
 
 
 @contextlib.contextmanager
-def child(parent: str, *, key: str, name: str, kind: str, tags: Mapping[str, str] | None = None) -> Iterator[Child]:
+def child(parent: str, *, key: str, kind: str, name: str = "", names: Mapping[str, str] | None = None) -> Iterator[Child]:
     """The child of `parent` made from `key`: found, or else created; open inside the block, closed by how it ends.
 
-    An empty `parent` gives a run without one.
+    It is called `name`, or by its `names`, which become its tags. An empty `parent` gives a run without one.
     """
     client = MlflowClient()
     experiment = client.get_run(parent).info.experiment_id if parent else _experiment(client)
@@ -224,8 +232,9 @@ def child(parent: str, *, key: str, name: str, kind: str, tags: Mapping[str, str
         run_id = found[0].info.run_id
         client.update_run(run_id, "RUNNING")
     else:
-        marks = {KEY: key, KIND: kind, **(tags or {}), **({PARENT: parent} if parent else {})}
-        run_id = client.create_run(experiment, run_name=name, tags=marks).info.run_id
+        tags = {f"ffn.{what}": value for what, value in (names or {}).items()}
+        tags |= {KEY: key, KIND: kind, **({PARENT: parent} if parent else {})}
+        run_id = client.create_run(experiment, run_name=name or title(names or {}), tags=tags).info.run_id
     monitor = SystemMetricsMonitor(run_id, sampling_interval=SAMPLING_SECONDS, samples_before_logging=1, resume_logging=bool(found))
     monitor.start()
     state = "FINISHED"
@@ -242,19 +251,31 @@ def child(parent: str, *, key: str, name: str, kind: str, tags: Mapping[str, str
         client.set_terminated(run_id, state)
 
 
-def results(parent_id: str) -> dict[str, dict[str, float]]:
-    """Top-1 of every child that has one: protocol -> stream or fusion -> fraction, in the order they were begun."""
+def names(preset: str, protocol: str, stream: str, seed: int) -> dict[str, str]:
+    """What tells one training or fusion from the others of its pipeline run."""
+    return {"preset": preset, "protocol": protocol, "stream": stream, "seed": str(seed)}
+
+
+def title(names: Mapping[str, str]) -> str:
+    """`S4/ntu60-xsub/j`, and `S4/ntu60-xsub/j/seed1` where the seed is not 0."""
+    seed = names.get("seed", "0")
+    return "/".join([*(value for what, value in names.items() if what != "seed"), *([f"seed{seed}"] if seed != "0" else [])])
+
+
+def results(parent_id: str) -> list[Result]:
+    """What every child that was measured gave; one that was measured twice counts once, as it was measured last."""
     client = MlflowClient()
     experiment = client.get_run(parent_id).info.experiment_id
     runs = client.search_runs(
-        [experiment], f"tags.`{PARENT}` = '{parent_id}'", max_results=1000, order_by=["attributes.start_time ASC"]
+        [experiment], f"tags.`{PARENT}` = '{parent_id}'", max_results=MOST_RUNS, order_by=["attributes.start_time ASC"]
     )
-    table: dict[str, dict[str, float]] = {}
+    found: dict[tuple[str, ...], Result] = {}
     for run in runs:
-        protocol, stream = run.data.tags.get("ffn.protocol"), run.data.tags.get("ffn.stream")
-        if protocol and stream and "top1" in run.data.metrics:
-            table.setdefault(protocol, {})[stream] = run.data.metrics["top1"]
-    return table
+        said = tuple(run.data.tags.get(f"ffn.{what}") for what in ("preset", "protocol", "stream", "seed"))
+        if all(said) and "top1" in run.data.metrics:
+            preset, protocol, stream, seed = said
+            found[said] = Result(preset=preset, protocol=protocol, stream=stream, seed=int(seed), top1=run.data.metrics["top1"])
+    return list(found.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,6 +197,14 @@ def override(config: Config, settings: Iterable[str]) -> Config:
     return config
 
 
+def recipe(name: str, settings: Iterable[str], seed: int) -> Config:
+    """The preset called `name` with `settings` applied and this seed. Raises `FFNError` where the settings name a seed too."""
+    settings = list(settings)
+    if any(setting.partition("=")[0].strip() == "training.seed" for setting in settings):
+        raise FFNError(f"setting training.seed: the seed is an input of its own, {seed} here; leave it out of the settings")
+    return override(preset(name), [*settings, f"training.seed={seed}"])
+
+
 def require_trainable(config: Config) -> None:
     """Raise `FFNError` for the first setting that no training can run with."""
     model, clip, loss, recipe = config.model, config.clip, config.loss, config.training

@@ -42,6 +42,7 @@ def evaluate(data: SkeletonSet, folder: Path | str, *, device: str | None = None
         stream=made.stream,
         preset=made.config.preset,
         data_digest=data.digest,
+        seed=made.config.training.seed,
     )
 
 

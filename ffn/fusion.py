@@ -49,6 +49,7 @@ def fuse(scores: Mapping[str, Scores], weights: Mapping[str, float], name: str) 
         stream=name,
         preset=first.preset,
         data_digest=first.data_digest,
+        seed=first.seed,
     )
 
 

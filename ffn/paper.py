@@ -5,13 +5,13 @@ Source: Guo, Ma, Li, Chen, "Feature Fusion Network for Skeleton-based Action Rec
 
 import functools
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from ffn.config import PRESETS, S1_ALPHA, ModelConfig
 from ffn.errors import FFNError
 from ffn.layouts import COCO17, NTU25, Layout
+from ffn.markdown import table
 from ffn.protocols import NTU_PROTOCOLS
 
 
@@ -148,14 +148,15 @@ def counts() -> str:
         parameters, macs = count(model)
         beside = (*_beside(parameters / 1e6, row.parameters), *_beside(macs / 1e9, row.macs))
         lines.append((row.name, row.preset, row.table, *beside))
-    return _table(("row", "preset", "tables", "M ours", "M paper", "diff", "G ours", "G paper", "diff"), lines)
+    return table(("row", "preset", "tables", "M ours", "M paper", "diff", "G ours", "G paper", "diff"), lines, names=3)
 
 
 def accuracies() -> str:
     """A table of the accuracies the paper reports, in percent."""
     header = ("row", "preset", "tables", *(f"{name}, paper" for name in NTU_PROTOCOLS), "top-5 ntu60-xsub, paper")
     rows = [row for row in merged() if row.top1]
-    return _table(header, [(row.name, row.preset, row.table, *row.top1, *[""] * (4 - len(row.top1)), row.top5) for row in rows])
+    lines = [(row.name, row.preset, row.table, *row.top1, *[""] * (4 - len(row.top1)), row.top5) for row in rows]
+    return table(header, lines, names=3)
 
 
 def _beside(ours: float, paper: str) -> tuple[str, str, str]:
@@ -163,17 +164,6 @@ def _beside(ours: float, paper: str) -> tuple[str, str, str]:
         return f"{ours:.4f}", "", ""
     difference = Decimal(ours).quantize(Decimal(paper)) - Decimal(paper)
     return f"{ours:.4f}", paper, f"{difference:+}" if difference else "0"
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Markdown whose columns line up, so that a terminal can show it too; figures, from the fourth column on, to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    rule = ["-" * width if column < 3 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    aligns = [str.ljust if column < 3 else str.rjust for column in range(len(widths))]
-    padded = [
-        [align(text, width) for align, text, width in zip(aligns, line, widths, strict=True)] for line in (header, rule, *lines)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def markdown() -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ffn.report import Cells
 from ffn.scores import Metrics
 
 BLUE, ORANGE, INK, GRID = "#2563a8", "#c9631b", "#333333", "#d9d9d9"
@@ -96,6 +97,41 @@ def results_table(rows: Mapping[str, Mapping[str, float]]) -> Figure:
     _tidy(axes)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=GRID, linewidth=0.6)
+    return figure
+
+
+def comparison(cells: Cells) -> Figure:
+    """Presets beside one another, a panel per protocol: every seed a dot, their mean and standard deviation, the paper's figure.
+
+    Of each protocol the widest fusion or last stream that all its presets have.
+    """
+    presets = max(len(rows) for rows in cells.values())
+    figure = Figure(figsize=(1.6 + len(cells) * (1.2 + 0.75 * presets), 4), layout="constrained")
+    for axes, (protocol, rows) in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells.items(), strict=True):
+        shared = [column for column in next(iter(rows.values())) if all(column in row for row in rows.values())]
+        for place, row in enumerate(rows.values()):
+            if not shared:
+                continue
+            cell = row[shared[-1]]
+            seeds = np.array(cell.values) * 100
+            axes.plot(np.full(len(seeds), place), seeds, "o", color=BLUE, alpha=0.45, markersize=5, zorder=3)
+            axes.errorbar(
+                [place + 0.15], [100 * cell.mean], yerr=[100 * (cell.spread or 0)],
+                fmt="_", color=INK, capsize=4, markersize=12, zorder=4,
+            )  # fmt: skip
+            axes.text(place + 0.15, 100 * cell.mean, f"  {100 * cell.mean:.1f}", va="center", fontsize=8, color=INK)
+            if cell.paper is not None:
+                axes.plot(
+                    [place], [100 * cell.paper], "D", mfc="none", color=ORANGE, markersize=7, label=f"paper, {cell.paper_space}"
+                )
+        axes.set_xticks(range(len(rows)), list(rows), rotation=30 if max(map(len, rows)) > 5 else 0)
+        axes.set_xlim(-0.5, len(rows) - 0.2)
+        axes.set_title(f"{protocol}: {shared[-1] if shared else 'nothing in common'}, top1 %", loc="left", fontsize=10, color=INK)
+        _tidy(axes)
+        axes.grid(axis="y", color=GRID, linewidth=0.6)
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        if handles:
+            axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
     return figure
 
 

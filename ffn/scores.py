@@ -28,6 +28,8 @@ class Scores:
     """A stream (`j`, `b`, `jm`, `bm`) or a fusion (`2s`, `4s`)."""
     preset: str
     data_digest: str
+    seed: int = 0
+    """Of the training."""
 
     def write(self, path: Path | str) -> Path:
         """Write an Arrow IPC table with columns `id`, `label`, `probabilities`, published whole or not at all."""
@@ -40,6 +42,7 @@ class Scores:
             "stream": self.stream,
             "preset": self.preset,
             "data_digest": self.data_digest,
+            "seed": self.seed,
         }
         table = pa.table(
             {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffn.config import PRESETS, STREAMS, Config, override, preset
+from ffn.config import PRESETS, STREAMS, preset, recipe
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS, require_name
 
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     added = verb(run, "the whole pipeline on this machine")
     _graph(added)
     added.add_argument("--data", type=Path, required=True, metavar="SOURCE", help="raw recordings: a folder, zip or pickle")
-    _recipe(added)
+    _settings(added)
     _space(added)
     added.add_argument(
         "--name", default="", help="name of the run; by default derived from its inputs, so that it is taken up again"
@@ -126,8 +126,8 @@ def run(given: argparse.Namespace) -> int:
     here = local.workspace(given.workspace)
     try:
         name, table = local.run(
-            source=given.data, protocols=given.protocols, streams=given.streams, preset=given.preset,
-            overrides=_overrides(given), space=given.space, name=given.name, workspace=here,
+            source=given.data, protocols=given.protocols, streams=given.streams, presets=given.presets,
+            seeds=given.seeds, overrides=given.set, space=given.space, name=given.name, workspace=here,
         )  # fmt: skip
     except local.StepFailed as failure:
         print(f"ffn: error: {failure}", file=sys.stderr)
@@ -147,8 +147,10 @@ def compile(given: argparse.Namespace) -> None:
 
     for protocol in given.protocols:
         require_name("protocol", protocol)
+    for name in given.presets:
+        preset(name)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    pipeline = build(given.protocols, given.streams, Settings.from_environment())
+    pipeline = build(given.protocols, given.streams, Settings.from_environment(), presets=given.presets, seeds=given.seeds)
     compiler.Compiler().compile(pipeline, str(given.out))
     print(given.out)
     if given.picture:
@@ -196,8 +198,8 @@ def train(given: argparse.Namespace) -> None:
 
     states = workspace(given.workspace).root / "checkpoints"
     out = fit(
-        SkeletonSet.open(given.data), protocol=given.protocol, stream=given.stream, config=_config(given), out=given.out,
-        state_dir=states,
+        SkeletonSet.open(given.data), protocol=given.protocol, stream=given.stream,
+        config=recipe(given.preset, given.set, given.seed), out=given.out, state_dir=states,
     )  # fmt: skip
     print(out)
 
@@ -262,12 +264,23 @@ def _graph(added: argparse.ArgumentParser) -> None:
         "--protocols", type=_names, default=NTU_PROTOCOLS, help=f"with commas between; default {','.join(NTU_PROTOCOLS)}"
     )
     added.add_argument("--streams", type=_streams, default=tuple(STREAMS), help=f"with commas between; default {','.join(STREAMS)}")
+    added.add_argument(
+        "--presets", "--preset", type=_names, default=("S4",), metavar="PRESETS",
+        help=f"one, or several with commas between to compare them; of {', '.join(PRESETS)}; default S4",
+    )  # fmt: skip
+    added.add_argument(
+        "--seeds", "--seed", type=_seeds, default=(0,), metavar="SEEDS", help="one, or several to compare; default 0"
+    )
 
 
 def _recipe(added: argparse.ArgumentParser) -> None:
     added.add_argument("--preset", default="S4", help=f"one of {', '.join(PRESETS)}; default S4")
+    _settings(added)
+    added.add_argument("--seed", type=int, default=0)
+
+
+def _settings(added: argparse.ArgumentParser) -> None:
     added.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting of the preset")
-    added.add_argument("--seed", type=int, help="short for --set training.seed=SEED")
 
 
 def _space(added: argparse.ArgumentParser) -> None:
@@ -295,13 +308,11 @@ def _streams(text: str) -> tuple[str, ...]:
     return names
 
 
-def _overrides(given: argparse.Namespace) -> list[str]:
-    chosen: list[str] = given.set
-    return chosen + ([f"training.seed={given.seed}"] if given.seed is not None else [])
-
-
-def _config(given: argparse.Namespace) -> Config:
-    return override(preset(given.preset), _overrides(given))
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(name) for name in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers with commas between") from None
 
 
 def _measured(scores: "Scores") -> None:

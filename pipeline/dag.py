@@ -1,6 +1,6 @@
 """The graph: raw recordings to promoted models, every protocol in a box of its own, every stream trained on its own.
 
-Protocols are a loop when the graph is built, streams a `ParallelFor` inside each protocol's nested pipeline.
+Protocols, presets and seeds are loops when the graph is built, streams a `ParallelFor` inside each one's nested pipeline.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from components.train.component import train
 from pipeline.settings import Settings
 
 NAME = "ffn"
+DEFAULT_PRESET = "S4"
 
 CACHED = frozenset({"ingest", "evaluate"})
 """Steps whose output a cluster may reuse: the others open runs, resume from a state, or read and change the registry."""
@@ -30,9 +31,26 @@ CACHED_LOCALLY = CACHED | {"train", "fuse"}
 HEAVY = frozenset({"train", "evaluate"})
 
 
-def build(protocols: Sequence[str], streams: Sequence[str], settings: Settings) -> Any:
-    """The pipeline for these protocols and streams, ready to be compiled or called."""
-    boxes = [_protocol(protocol, streams, settings) for protocol in protocols]
+def build(
+    protocols: Sequence[str],
+    streams: Sequence[str],
+    settings: Settings,
+    *,
+    presets: Sequence[str] = (DEFAULT_PRESET,),
+    seeds: Sequence[int] = (0,),
+) -> Any:
+    """The pipeline for these protocols and streams, ready to be compiled or called.
+
+    Several presets or seeds make it a comparison: each trains on its own, the report sets them beside one another, and no
+    model is registered, for the best of several by held-out accuracy would be chosen on the held-out samples.
+    """
+    compared = len(presets) * len(seeds) > 1
+    boxes = [
+        _box(protocol, streams, settings, preset=preset, seed=seed, compared=compared)
+        for protocol in protocols
+        for preset in presets
+        for seed in seeds
+    ]
 
     @dsl.pipeline(name=NAME, description="Raw skeletons to promoted action-recognition models")
     def pipeline(
@@ -40,36 +58,42 @@ def build(protocols: Sequence[str], streams: Sequence[str], settings: Settings) 
         name: str,
         source_version: str = "",
         space: str = "3d",
-        preset: str = "S4",
         overrides: list[str] = [],  # noqa: B006
     ) -> None:
         end = _place(finish(name=name), settings)
         with dsl.ExitHandler(end, name="run"):
             begun = _place(
-                begin(name=name, source=source, source_version=source_version, space=space, preset=preset, overrides=overrides),
+                begin(
+                    name=name, source=source, source_version=source_version, space=space,
+                    presets=list(presets), seeds=list(seeds), overrides=overrides,
+                ),
                 settings,
-            )
+            )  # fmt: skip
             run = begun.output
             ingested = _place(ingest(source=source, source_version=source_version, space=space, parent=run), settings)
             for box in boxes:
-                did = box(data=ingested.outputs["data"], name=name, preset=preset, overrides=overrides, parent=run)
+                did = box(data=ingested.outputs["data"], name=name, overrides=overrides, parent=run)
                 did.set_caching_options(False)
 
     return pipeline
 
 
-def _protocol(protocol: str, streams: Sequence[str], settings: Settings) -> Any:
-    """One protocol's box: train and evaluate every stream, fuse, register, and promote what is not worse."""
+def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: str, seed: int, compared: bool) -> Any:
+    """One protocol's box: train and evaluate every stream, fuse; register, and promote what is not worse, unless `compared`."""
 
-    @dsl.pipeline(name=protocol)
-    def box(data: dsl.Input[dsl.Dataset], name: str, preset: str, overrides: list[str], parent: str) -> None:
+    @dsl.pipeline(name=f"{protocol}-{preset}-seed{seed}" if compared else protocol)
+    def box(data: dsl.Input[dsl.Dataset], name: str, overrides: list[str], parent: str) -> None:
         with dsl.ParallelFor(list(streams), name="streams", parallelism=settings.parallelism or None) as stream:
             trained = train(
-                data=data, protocol=protocol, stream=stream, preset=preset, overrides=overrides,
+                data=data, protocol=protocol, stream=stream, preset=preset, seed=seed, overrides=overrides,
                 checkpoints=settings.checkpoints, parent=parent,
             )  # fmt: skip
             evaluated = evaluate(data=data, checkpoint=trained.outputs["checkpoint"], parent=parent)
         fused = fuse(scores=dsl.Collected(evaluated.outputs["scores"]), parent=parent)
+        for task in (trained, evaluated, fused):
+            _place(task, settings)
+        if compared:
+            return
         registered = register(
             data=data, checkpoints=dsl.Collected(trained.outputs["checkpoint"]), fused=fused.outputs["fused"],
             name=name, parent=parent,
@@ -77,7 +101,7 @@ def _protocol(protocol: str, streams: Sequence[str], settings: Settings) -> Any:
         verdict = gate(model=registered.output, data=data)
         with dsl.If(verdict.output == "promote", name="not worse"):
             promoted = promote(model=registered.output)
-        for task in (trained, evaluated, fused, registered, verdict, promoted):
+        for task in (registered, verdict, promoted):
             _place(task, settings)
 
     return box

@@ -76,7 +76,8 @@ def run(
     source: Path,
     protocols: Sequence[str],
     streams: Sequence[str],
-    preset: str,
+    presets: Sequence[str],
+    seeds: Sequence[int] = (0,),
     overrides: Sequence[str] = (),
     space: str = "3d",
     name: str = "",
@@ -86,7 +87,8 @@ def run(
 
     Raises `FFNError` for input that does not fit, `StepFailed` where a step failed, KeyboardInterrupt when interrupted.
     """
-    configuration.require_trainable(configuration.override(configuration.preset(preset), overrides))
+    for preset in presets:
+        configuration.require_trainable(configuration.recipe(preset, overrides, seeds[0]))
     for protocol in protocols:
         require_name("protocol", protocol)
     if name:
@@ -96,7 +98,9 @@ def run(
     for path in (workspace.root, source):
         if "python3" in str(path):
             raise FFNError(f"{path}: kfp.local rewrites the text 'python3' in every path; use a folder without it in its name")
-    name = name or f"{preset}-{configuration.digest(version, space, preset, list(overrides), list(protocols), list(streams))[:8]}"
+    compared = len(presets) * len(seeds) > 1
+    inputs = [version, space, *map(list, (presets, seeds, overrides, protocols, streams))]
+    name = name or f"{'comparison' if compared else presets[0]}-{configuration.digest(*inputs)[:8]}"
 
     from kfp import local
 
@@ -109,11 +113,14 @@ def run(
         local=True,
         environment={"FFN_CODE": code_digest(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)},
     )
-    pipeline = build(protocols, streams, settings)
+    pipeline = build(protocols, streams, settings, presets=presets, seeds=seeds)
     kfp_root = workspace.root / "kfp"
-    steps = Steps(logs=workspace.root / "logs" / name, cache=kfp_root / "cache", environment=workspace.environment())
+    steps = Steps(
+        logs=workspace.root / "logs" / name, cache=kfp_root / "cache", environment=workspace.environment(), compared=compared
+    )
     with alone(steps.logs, name):
-        print(f"run {name}: {len(protocols)} protocols x {len(streams)} streams, preset {preset}; logs in {steps.logs}", flush=True)
+        trained = f"presets {', '.join(presets)} x seeds {', '.join(map(str, seeds))}" if compared else f"preset {presets[0]}"
+        print(f"run {name}: {len(protocols)} protocols x {len(streams)} streams, {trained}; logs in {steps.logs}", flush=True)
         with steps.watching():
             local.init(
                 runner=local.SubprocessRunner(use_venv=False),
@@ -122,9 +129,7 @@ def run(
                 cache_root=str(steps.cache),
             )
             try:
-                pipeline(
-                    source=str(source), source_version=version, space=space, name=name, preset=preset, overrides=list(overrides)
-                )  # fmt: skip
+                pipeline(source=str(source), source_version=version, space=space, name=name, overrides=list(overrides))
             except KeyboardInterrupt:
                 steps.close(name)
                 raise
@@ -167,6 +172,8 @@ class Steps:
     logs: Path
     cache: Path
     environment: Mapping[str, str]
+    compared: bool = False
+    """Whether several presets or seeds run, so that a step's label has to name its own."""
     outputs: dict[str, dict[str, str]] = field(default_factory=dict)
     """Step -> its output artifacts' paths, of those that ran."""
     failed: list[StepFailed] = field(default_factory=list)
@@ -218,7 +225,7 @@ class Steps:
         """Stands in for kfp.local's `run_local_subprocess`: the step's exit status."""
         if self.stopped:
             return 128 + signal.SIGTERM
-        step = _Task.of(full_command)
+        step = _Task.of(full_command, compared=self.compared)
         log = self.logs / f"{step.label.replace(' ', '-').replace('/', '-')}.log"
         began = time.monotonic()
         self.say(step.label, "started")
@@ -259,7 +266,7 @@ class Steps:
         """Reads cache hits and warnings from kfp.local's log, and lets nothing of it through."""
         text = record.getMessage()
         if hit := re.match(r"Task (\S+) cache hit \(key=(\w+)", text):
-            self.say(_cached_label(hit[1], self.cache, hit[2]), "cached")
+            self.say(_cached_label(hit[1], self.cache, hit[2], self.compared), "cached")
         elif record.levelno >= logging.WARNING and "finished with status" not in text:  # that of a step was said already
             self.say("kfp", text)
         return False
@@ -288,7 +295,7 @@ class _Task:
     """Output artifact -> path."""
 
     @classmethod
-    def of(cls, command: Sequence[str]) -> Self:
+    def of(cls, command: Sequence[str], *, compared: bool) -> Self:
         name = command[command.index("--function_to_execute") + 1]
         said = json.loads(command[command.index("--executor_input") + 1])
         facts: dict[str, Any] = {}
@@ -297,22 +304,24 @@ class _Task:
             facts |= {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
         facts |= said.get("inputs", {}).get("parameterValues", {})
         outputs = {key: value["artifacts"][0]["uri"] for key, value in said["outputs"].get("artifacts", {}).items()}
-        return cls(name=name, label=_label(name, facts), outputs=outputs)
+        return cls(name=name, label=_label(name, facts, compared), outputs=outputs)
 
 
-def _label(step: str, facts: Mapping[str, Any]) -> str:
+def _label(step: str, facts: Mapping[str, Any], compared: bool) -> str:
     model = re.match(r"models:/ffn-([^/]+)/", str(facts.get("model", "")))
-    protocol = facts.get("protocol") or (model[1] if model else None)
-    return f"{step} {'/'.join(str(part) for part in (protocol, facts.get('stream')) if part)}".strip()
+    parts = [facts.get("protocol") or (model[1] if model else None), facts.get("stream")]
+    if compared and "seed" in facts:
+        parts = [facts["preset"], *parts, f"seed{facts['seed']}"]
+    return f"{step} {'/'.join(str(part) for part in parts if part)}".strip()
 
 
-def _cached_label(task: str, cache: Path, key: str) -> str:
+def _cached_label(task: str, cache: Path, key: str, compared: bool) -> str:
     """The label of a step that did not run, from the metadata of what it wrote when it did."""
     facts: dict[str, Any] = {}
     for entry in cache.glob(f"{key}*.json"):
         for output in json.loads(entry.read_text()).values():
             facts |= output.get("metadata", {}) if isinstance(output, dict) else {"model": output}
-    return _label(task, facts)
+    return _label(task, facts, compared)
 
 
 def code_digest() -> str:

@@ -6,8 +6,18 @@ from components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def begin(name: str, source: str, source_version: str, space: str, preset: str, overrides: list[str]) -> str:
+def begin(
+    name: str, source: str, source_version: str, space: str, presets: list[str], seeds: list[int], overrides: list[str]
+) -> str:
     """Returns the id of the parent MLflow run."""
     from components.begin.step import run
 
-    return run(name=name, source=source, source_version=source_version, space=space, preset=preset, overrides=overrides)
+    return run(
+        name=name,
+        source=source,
+        source_version=source_version,
+        space=space,
+        presets=presets,
+        seeds=seeds,
+        overrides=overrides,
+    )

@@ -11,19 +11,13 @@ from ffn.scores import measure
 
 @step
 def run(*, data: Path, checkpoint: Path, parent: str, out: Path) -> dict[str, str]:
-    """Write the scores to `out`; returns what names them: preset, protocol, stream.
+    """Write the scores to `out`; returns what names them: preset, protocol, stream, seed.
 
     The measures go to the MLflow run of the training, so that one run tells all about a stream.
     """
     skeletons, meta = SkeletonSet.open(data), read_meta(checkpoint)
-    names = {"preset": meta.config.preset, "protocol": meta.protocol, "stream": meta.stream}
-    with tracking.child(
-        parent,
-        key=meta.key,
-        name="/".join(names.values()),
-        kind="train",
-        tags={f"ffn.{name}": value for name, value in names.items()},
-    ) as track:
+    names = tracking.names(meta.config.preset, meta.protocol, meta.stream, meta.config.training.seed)
+    with tracking.child(parent, key=meta.key, kind="train", names=names) as track:
         scores = evaluate(skeletons, checkpoint)
         scores.write(out)
         metrics = measure(scores)

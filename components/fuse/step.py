@@ -30,21 +30,16 @@ Made = TypeVar("Made", bound=OfStream)
 
 @step
 def run(*, scores: list[Path], parent: str, out: Path) -> dict[str, str]:
-    """Do `fuse_all` and log every fusion as a run of its own; returns what names the protocol."""
+    """Do `fuse_all` and log every fusion as a run of its own; returns what names them: preset, protocol, seed."""
     for name, fused in fuse_all(scores, out).items():
         metrics = measure(fused)
-        names = {"preset": fused.preset, "protocol": fused.protocol, "stream": name}
-        with tracking.child(
-            parent,
-            key=digest("fuse", fused.data_digest, names, fused.ids, hashlib.sha256(fused.probabilities.tobytes()).hexdigest()),
-            name="/".join(names.values()),
-            kind="fuse",
-            tags={f"ffn.{name}": value for name, value in names.items()},
-        ) as track:
+        names = tracking.names(fused.preset, fused.protocol, name, fused.seed)
+        key = digest("fuse", fused.data_digest, names, fused.ids, hashlib.sha256(fused.probabilities.tobytes()).hexdigest())
+        with tracking.child(parent, key=key, kind="fuse", names=names) as track:
             track.params(names)
             track.result(metrics, fused.classes)
         say(f"{name}  top1 {100 * metrics.top1:.2f} %")
-    return {"protocol": fused.protocol}
+    return {what: value for what, value in names.items() if what != "stream"}
 
 
 def fuse_all(paths: list[Path], out: Path) -> dict[str, Scores]:

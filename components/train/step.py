@@ -21,19 +21,26 @@ LOGGED = ("loss", "top1", "lr", "seconds", "clips_per_second")
 
 @step
 def run(
-    *, data: Path, protocol: str, stream: str, preset: str, overrides: list[str], checkpoints: Path, parent: str, out: Path
+    *,
+    data: Path,
+    protocol: str,
+    stream: str,
+    preset: str,
+    seed: int,
+    overrides: list[str],
+    checkpoints: Path,
+    parent: str,
+    out: Path,
 ) -> dict[str, str]:
     """Publish the checkpoint in the folder `out`; the state of every epoch is kept under `checkpoints`.
 
-    Returns what names the checkpoint: preset, protocol, stream.
+    Returns what names the checkpoint: preset, protocol, stream, seed.
     """
     skeletons = SkeletonSet.open(data)
-    config = configuration.override(configuration.preset(preset), overrides)
+    config = configuration.recipe(preset, overrides, seed)
     key = train_key(skeletons.digest, config, protocol, stream)
-    names = {"preset": preset, "protocol": protocol, "stream": stream}
-    with tracking.child(
-        parent, key=key, name="/".join(names.values()), kind="train", tags={f"ffn.{name}": value for name, value in names.items()}
-    ) as track:
+    names = tracking.names(preset, protocol, stream, seed)
+    with tracking.child(parent, key=key, kind="train", names=names) as track:
         split = skeletons.split(protocol)
         track.params({**names, **flat(config)})
         track.dataset(skeletons, "training", part=f"{protocol}/train", used=len(split.train))

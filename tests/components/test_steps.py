@@ -49,12 +49,12 @@ class Pipeline:
     name: str = "demo"
 
     def __post_init__(self) -> None:
-        self.parent = begin(name=self.name, source="toy", source_version="1", space="3d", preset="S4", overrides=TINY)
+        self.parent = begin(name=self.name, source="toy", source_version="1", space="3d", presets=["S4"], seeds=[0], overrides=TINY)
 
     def train(self, stream: str, *overrides: str) -> Path:
         out = self.root / stream / "checkpoint"
         train(
-            data=self.data, protocol="p", stream=stream, preset="S4", overrides=[*TINY, *overrides],
+            data=self.data, protocol="p", stream=stream, preset="S4", seed=0, overrides=[*TINY, *overrides],
             checkpoints=self.root / "states", parent=self.parent, out=out,
         )  # fmt: skip
         return out
@@ -307,7 +307,7 @@ def test_bad_input_leaves_a_failed_run_and_one_line(
     steps = Pipeline(toy.path, tmp_path)
     with pytest.raises(SystemExit) as ended:
         train(
-            data=toy.path, protocol="q", stream="j", preset="S4", overrides=TINY, checkpoints=tmp_path / "states",
+            data=toy.path, protocol="q", stream="j", preset="S4", seed=0, overrides=TINY, checkpoints=tmp_path / "states",
             parent=steps.parent, out=tmp_path / "out",
         )  # fmt: skip
     assert ended.value.code == 2

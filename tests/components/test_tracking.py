@@ -38,7 +38,7 @@ def test_a_run_of_other_inputs_is_not_taken_up_and_stays_as_it_is(store: MlflowC
 
 
 def test_recordings_of_one_version_may_move(store: MlflowClient) -> None:
-    inputs = {"name": "demo", "source_version": "1", "space": "3d", "preset": "S4", "overrides": []}
+    inputs = {"name": "demo", "source_version": "1", "space": "3d", "presets": ["S4"], "seeds": [0], "overrides": []}
     assert begin(source="here", **inputs) == begin(source="there", **inputs)
 
 

@@ -74,6 +74,9 @@ def test_every_step_runs_alone_on_paths(
         (["run", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["run", "--data", ".", "--preset", "S5"], "unknown preset 'S5'"),
         (["run", "--data", ".", "--set", "training.epoch=1"], "did you mean training.epochs"),
+        (["run", "--data", ".", "--presets", "S0,S5"], "unknown preset 'S5'"),
+        (["run", "--data", ".", "--set", "training.seed=1"], "the seed is an input of its own"),
+        (["compile", "--presets", "S5", "--out", "x.yaml"], "unknown preset 'S5'"),
         (["run", "--data", ".", "--set", "training.epochs=0"], "training.epochs=0: expected"),
         (["run", "--data", ".", "--name", "a/b"], "--name 'a/b'"),
         (["run", "--data", ".", "--protocols", "ntu60-xsub,it's"], 'protocol "it\'s"'),
@@ -147,7 +150,7 @@ def test_one_name_is_run_once_at_a_time(tmp_path: Path) -> None:
     here = Workspace(root=tmp_path / "workspace")
 
     def again() -> None:
-        run_here(source=tmp_path, protocols=["p"], streams=["j"], preset="S4", name="demo", workspace=here)
+        run_here(source=tmp_path, protocols=["p"], streams=["j"], presets=["S4"], name="demo", workspace=here)
 
     with alone(here.root / "logs" / "demo", "demo"), pytest.raises(FFNError, match="run demo is going on already"):
         again()

@@ -1,5 +1,6 @@
 """The compiled pipeline: what a cluster is told, and what compiling may not load."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -143,6 +144,23 @@ def test_the_picture_in_the_docs_is_the_compiled_pipeline(tmp_path: Path) -> Non
     assert drawn["edge"] == {f"{before} -> {after}" for before, after in graph.edges}
     assert {"run/ntu60-xsub/streams/train", "run/ntu60-xview", "finish"} <= drawn["node"]
     assert "run/ntu60-xsub/fuse -> run/ntu60-xsub/register" in drawn["edge"]
+
+
+def test_a_comparison_trains_every_preset_and_seed_and_registers_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    pipeline = build(("ntu60-xsub", "ucla-xview"), ("j", "b"), Settings(), presets=("S0", "S0-2", "ST-GCN++"), seeds=(0, 2))
+    compiler.Compiler().compile(pipeline, str(path))
+    found = tasks(next(yaml.load_all(path.read_text(), Loader=yaml.CSafeLoader)))
+    assert not {"register", "gate", "promote"} & set(found)
+
+    def constant(task: dict[str, Any], name: str) -> Any:
+        return task["inputs"]["parameters"][name]["runtimeValue"]["constant"]
+
+    trained = [(constant(task, "protocol"), constant(task, "preset"), constant(task, "seed")) for task in found["train"]]
+    wanted = itertools.product(("ntu60-xsub", "ucla-xview"), ("S0", "S0-2", "ST-GCN++"), (0, 2))
+    assert sorted(trained) == sorted(wanted)
+    (begun,) = found["begin"]
+    assert (constant(begun, "presets"), constant(begun, "seeds")) == (["S0", "S0-2", "ST-GCN++"], [0, 2])
 
 
 def test_a_protocol_that_does_something_else_is_drawn_on_its_own(tmp_path: Path) -> None:

@@ -37,11 +37,11 @@ class Laptop:
         self.root, self.raw, self.workspace = root, root / "raw", root / "workspace"
         write_ntu(self.raw, repeats=2)
 
-    def start(self) -> "subprocess.Popen[str]":
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
         command = [
             sys.executable, "-m", "pipeline.cli", "run", "--data", str(self.raw), "--workspace", str(self.workspace),
             "--protocols", ",".join(PROTOCOLS), "--streams", ",".join(STREAMS),
-            *(part for setting in SETTINGS for part in ("--set", setting)),
+            *(part for setting in SETTINGS for part in ("--set", setting)), *arguments,
         ]  # fmt: skip
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "FFN_"))}
         # One thread, as in this process: the weights below are compared to the bit.
@@ -157,6 +157,29 @@ def test_an_interrupt_ends_every_step_and_closes_the_run(tmp_path: Path, place: 
     assert not alive
     states = statuses(place.client)
     assert [of for name, of in states.items() if name.startswith("S4-")] == [["KILLED"]]
+
+
+@pytest.mark.slow
+def test_several_presets_are_compared_and_none_is_registered(
+    tmp_path: Path, place: Laptop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "workspace", tmp_path / "workspace")
+    process = place.start(
+        "--presets", "S4,S0-2", "--seeds", "0,1", "--protocols", "ntu60-xsub", "--streams", "j", "--set", "training.epochs=1"
+    )  # fmt: skip
+    out, err = process.communicate(timeout=200)
+    assert (process.returncode, err) == (0, "")
+    assert "train S4/ntu60-xsub/j/seed1 " in out
+    states = statuses(place.client)
+    assert {name for name in states if "/" in name} == {
+        f"{preset}/ntu60-xsub/{stream}{seed}" for preset in ("S4", "S0-2") for stream in ("j",) for seed in ("", "/seed1")
+    }  # fmt: skip
+    assert not place.client.search_registered_models()
+    table = [[cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines() if row.startswith("| ")]
+    assert table[0] == ["preset", "seeds", "j", "paper j"]
+    assert [row[:2] for row in table[2:]] == [["S0-2", "2"], ["S4", "2"]]
+    assert all("±" in row[2] for row in table[2:])
+    assert [row[3] for row in table[2:]] == ["90.73 (2d)", "88.89 (3d)"]
 
 
 def trainings(process: "subprocess.Popen[str]") -> list[psutil.Process]:
