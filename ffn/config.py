@@ -55,6 +55,8 @@ class ClipConfig:
     """Frames of a clip, T."""
     persons: int = 2
     """Persons of a clip, M; missing ones are zeros."""
+    sampling: Literal["uniform", "random"] = "uniform"
+    """Which frames make a clip: `uniform` is MMAction2's rule; `random` stretches a short recording instead of going round."""
     test_clips: int = 10
     """Clips per recording at test; their probabilities are averaged."""
     rotate: float = 0.0

@@ -73,8 +73,12 @@ class Sampler:
         """Clips of the samples `index` (N,), frames drawn at random and augmented, from `generator` (of the CPU) alone."""
         count, length = len(index), self.clip.frames
         draws = torch.rand(count, 2 * length + 8, generator=generator).to(self.keypoints.device)
-        start = (draws[:, 0] * self.frames[index]).long()
-        x = self._clips(index, frame_numbers(self.frames[index], start, draws[:, 7 : 2 * length + 8]))
+        frames = self.frames[index]
+        if self.clip.sampling == "random":
+            number = random_frames(frames, draws[:, 8 : length + 8])
+        else:
+            number = frame_numbers(frames, (draws[:, 0] * frames).long(), draws[:, 7 : 2 * length + 8])
+        x = self._clips(index, number)
         if self.clip.rotate or self.clip.scale:
             change = augmentation(draws[:, 1:7], space=self.space, rotate=self.clip.rotate, scale=self.clip.scale)
             x = torch.bmm(x.flatten(1, -2), change.transpose(1, 2)).view(x.shape)
@@ -83,6 +87,8 @@ class Sampler:
     def test_batch(self, index: Tensor, number: int) -> Tensor:
         """Test clip `number` of the samples `index` (N,); the same for a sample in whatever batch it comes."""
         length, frames = self.clip.frames, self.frames[index]
+        if self.clip.sampling == "random":
+            return self._clips(index, even_frames(frames, length, (number + 0.5) / self.clip.test_clips))
         table = torch.rand(self.clip.test_clips, 2 * length + 1, generator=torch.Generator().manual_seed(TEST_SEED))
         draws = table[number].to(self.keypoints.device).expand(len(index), -1)
         start = number * frames // self.clip.test_clips
@@ -133,6 +139,21 @@ def frame_numbers(frames: Tensor, start: Tensor, draws: Tensor) -> Tensor:
     size = (steps + 1) * frames // length - low
     binned = low + (draws[:, length + 1 :] * size).long()
     return torch.where(frames < length, around, torch.where(frames < 2 * length, skipping, binned))
+
+
+def random_frames(frames: Tensor, draws: Tensor) -> Tensor:
+    """L frames at random, in order: (N,) lengths and (N, L) uniform draws -> (N, L) frame numbers, some more than once.
+
+    Short recordings are stretched and long ones thinned, unevenly, another way every time.
+    Source: Shift-GCN's and CTR-GCN's treatment of NW-UCLA.
+    """
+    return (draws.sort(1).values * frames[:, None]).long()
+
+
+def even_frames(frames: Tensor, length: int, place: float) -> Tensor:
+    """`random_frames` without chance: (N,) lengths -> (N, `length`), the frame at `place`, in [0, 1), of each of L equal bins."""
+    steps = torch.arange(length, device=frames.device, dtype=torch.float64)
+    return ((steps + place) / length * frames[:, None]).long()
 
 
 def augmentation(draws: Tensor, *, space: Space, rotate: float, scale: float) -> Tensor:

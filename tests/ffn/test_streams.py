@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ffn.config import STREAMS, ClipConfig
 from ffn.data.persons import canonical_persons
-from ffn.data.sampler import TEST_SEED, Sampler, augmentation, frame_numbers
+from ffn.data.sampler import TEST_SEED, Sampler, augmentation, even_frames, frame_numbers, random_frames
 from ffn.layouts import COCO17, NTU25
 from ffn.streams import rotation_to_axis
 from tests import reference
@@ -84,6 +84,30 @@ def test_frame_numbers_are_those_of_the_reference(frames, length, seed):
     assert all(0 <= number < frames for number in got)
     if frames >= length:
         assert all(a < b for a, b in itertools.pairwise(got)), "frames in order, none twice"
+
+
+@given(frames=st.integers(1, 400), length=st.integers(2, 120), seed=st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_random_frames_are_in_order_and_spread_over_the_recording(frames, length, seed):
+    draws = torch.rand(3, length, generator=torch.Generator().manual_seed(seed))
+    draws[0], draws[1] = 0, 1 - 2**-24
+    number = random_frames(torch.full((3,), frames), draws)
+    assert (number.diff(dim=1) >= 0).all()
+    assert (number[0].unique().tolist(), number[1].unique().tolist()) == ([0], [frames - 1])
+    for place in (0.0, 0.125, 0.5, 0.99):
+        (even,) = even_frames(torch.tensor([frames]), length, place)
+        assert even.tolist() == [int((step + place) / length * frames) for step in range(length)]
+
+
+def test_clips_of_random_frames_show_their_recording(tmp_path):
+    data = write_set(tmp_path / "set.arrow", recordings("3d", 4), "3d")
+    clip = ClipConfig(frames=30, persons=2, test_clips=2, sampling="random")
+    sampler, index = Sampler.of(data, "j", clip), torch.tensor([0, 3])
+    drawn = [sampler.train_batch(index, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    number = torch.stack([even_frames(data_frames, 30, 0.75)[0] for data_frames in sampler.frames[index][:, None]])
+    assert torch.equal(sampler.test_batch(index, 1), sampler._clips(index, number))
 
 
 def test_canonical_persons_and_alignment_are_prenormalize3d():
