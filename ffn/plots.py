@@ -129,9 +129,9 @@ def comparison(cells: Cells) -> Figure:
         axes.set_title(f"{protocol}: {shared[-1] if shared else 'nothing in common'}, top1 %", loc="left", fontsize=10, color=INK)
         _tidy(axes)
         axes.grid(axis="y", color=GRID, linewidth=0.6)
-        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        if handles:
-            axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
+    labelled = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if labelled:
+        figure.legend(labelled.values(), labelled.keys(), loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

@@ -73,5 +73,5 @@ def test_the_figure_draws_every_seed_and_the_paper() -> None:
     dots = sorted(y for line in left.lines if line.get_marker() == "o" for y in line.get_ydata())
     assert dots == pytest.approx([70, 72, 77, 80])
     assert [line.get_ydata()[0] for line in left.lines if line.get_marker() == "D"] == pytest.approx([89.05, 92.79])
-    assert left.get_legend().get_texts()[0].get_text() == "paper, 2d"
-    assert right.get_legend() is None
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["paper, 2d"]
