@@ -221,15 +221,23 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic(seed: int) -> Iterator[None]:
-    """Seed torch and ask for reproducible kernels inside the block; the number of threads is put back after it."""
+    """Seed torch and ask for reproducible kernels inside the block; the number of threads is put back after it.
+
+    New memory is not filled with NaN first, as torch does by default where kernels are reproducible: that is an eighth of a
+    step on a CPU, and no kernel here reads what it has not written.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    memory: Any = torch.utils.deterministic  # its one setting is typed nowhere
+    filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
     torch.manual_seed(seed)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        memory.fill_uninitialized_memory = filled
         torch.set_num_threads(threads)
 
 
