@@ -278,6 +278,14 @@ def results(parent_id: str) -> list[Result]:
     return list(found.values())
 
 
+def outcome(parent_id: str) -> str:
+    """`FINISHED` where every child is, else `FAILED`."""
+    client = MlflowClient()
+    experiment = client.get_run(parent_id).info.experiment_id
+    others = f"tags.`{PARENT}` = '{parent_id}' and attributes.status != 'FINISHED'"
+    return "FAILED" if client.search_runs([experiment], others, max_results=1) else "FINISHED"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Version:
     """One version of a registered model."""

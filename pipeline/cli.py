@@ -150,7 +150,13 @@ def compile(given: argparse.Namespace) -> None:
     for name in given.presets:
         preset(name)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    pipeline = build(given.protocols, given.streams, Settings.from_environment(), presets=given.presets, seeds=given.seeds)
+    settings = Settings.from_environment()
+    if not settings.pinned:
+        print(
+            f"ffn: warning: image {settings.image} is a tag: KFP's cache does not see it move; name it by digest",
+            file=sys.stderr,
+        )
+    pipeline = build(given.protocols, given.streams, settings, presets=given.presets, seeds=given.seeds)
     compiler.Compiler().compile(pipeline, str(given.out))
     print(given.out)
     if given.picture:

@@ -17,18 +17,14 @@ from components.ingest.component import ingest
 from components.promote.component import promote
 from components.register.component import register
 from components.train.component import train
+from pipeline.placement import place
 from pipeline.settings import Settings
 
 NAME = "ffn"
 DEFAULT_PRESET = "S4"
 
-CACHED = frozenset({"ingest", "evaluate"})
-"""Steps whose output a cluster may reuse: the others open runs, resume from a state, or read and change the registry."""
-
-CACHED_LOCALLY = CACHED | {"train", "fuse"}
-"""Reused on one machine too: the parent run's id is part of every key there, so a new MLflow store finds nothing cached."""
-
-HEAVY = frozenset({"train", "evaluate"})
+JOB = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
+"""What KFP calls the run: the name of one that was given none, as those of a schedule are."""
 
 
 def build(
@@ -55,22 +51,20 @@ def build(
     @dsl.pipeline(name=NAME, description="Raw skeletons to promoted action-recognition models")
     def pipeline(
         source: str,
-        name: str,
+        name: str = "",
         source_version: str = "",
         space: str = "3d",
         overrides: list[str] = [],  # noqa: B006
     ) -> None:
-        end = _place(finish(name=name), settings)
+        end = place(finish(name=name, job=JOB), settings)
         with dsl.ExitHandler(end, name="run"):
-            begun = _place(
-                begin(
-                    name=name, source=source, source_version=source_version, space=space,
-                    presets=list(presets), seeds=list(seeds), overrides=overrides,
-                ),
-                settings,
+            begun = begin(
+                name=name, job=JOB, source=source, source_version=source_version, space=space,
+                presets=list(presets), seeds=list(seeds), overrides=overrides,
             )  # fmt: skip
+            place(begun, settings)
             run = begun.output
-            ingested = _place(ingest(source=source, source_version=source_version, space=space, parent=run), settings)
+            ingested = place(ingest(source=source, source_version=source_version, space=space, parent=run), settings)
             for box in boxes:
                 did = box(data=ingested.outputs["data"], name=name, overrides=overrides, parent=run)
                 did.set_caching_options(False)
@@ -91,33 +85,17 @@ def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: s
             evaluated = evaluate(data=data, checkpoint=trained.outputs["checkpoint"], parent=parent)
         fused = fuse(scores=dsl.Collected(evaluated.outputs["scores"]), parent=parent)
         for task in (trained, evaluated, fused):
-            _place(task, settings)
+            place(task, settings)
         if compared:
             return
         registered = register(
             data=data, checkpoints=dsl.Collected(trained.outputs["checkpoint"]), fused=fused.outputs["fused"],
-            name=name, parent=parent,
+            name=name, job=JOB, parent=parent,
         )  # fmt: skip
         verdict = gate(model=registered.output, data=data)
         with dsl.If(verdict.output == "promote", name="not worse"):
             promoted = promote(model=registered.output)
         for task in (registered, verdict, promoted):
-            _place(task, settings)
+            place(task, settings)
 
     return box
-
-
-def _place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
-    """The task with its image, environment, cache policy and, on a cluster, its resources."""
-    step = task.name
-    task.set_container_image(settings.image)
-    for name, value in settings.environment.items():
-        task.set_env_variable(name, value)
-    task.set_caching_options(step in (CACHED_LOCALLY if settings.local else CACHED))
-    if not settings.local:
-        heavy = step in HEAVY
-        task.set_cpu_limit(settings.cpu if heavy else settings.light_cpu)
-        task.set_memory_limit(settings.memory if heavy else settings.light_memory)
-        if heavy and settings.gpus:
-            task.set_accelerator_type(settings.gpu).set_accelerator_limit(settings.gpus)
-    return task

@@ -1,39 +1,95 @@
-"""Where the pipeline runs: image, endpoints, resources. Read from the environment, fixed when the pipeline is compiled."""
+"""Where the pipeline runs: image, volumes, secrets, resources. Read from the environment, fixed when the pipeline is compiled."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Self
+from urllib.parse import urlsplit
 
 from components import IMAGE
 from ffn.errors import FFNError
 
-PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "FFN_ARTIFACTS")
+PASSED_ON = (
+    "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_S3_ENDPOINT_URL", "FFN_ARTIFACTS",
+    "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION",
+)  # fmt: skip
 """Variables a cluster's steps get as they stand in the compiling environment. Secrets are not among them."""
+
+DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
+QUANTITY = re.compile(r"\d+(\.\d+)?(m|[EPTGMK]i?)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toleration:
+    """A taint that pods put up with: `key`, `key=value`, `key:effect` or `key=value:effect`."""
+
+    key: str
+    value: str = ""
+    effect: str = ""
+    """Empty for every effect."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises `FFNError` where there is no key, or the effect is none of Kubernetes'."""
+        rest, _, effect = text.partition(":")
+        key, _, value = rest.partition("=")
+        if not key or effect not in ("", "NoSchedule", "PreferNoSchedule", "NoExecute"):
+            raise FFNError(f"FFN_TOLERATIONS: {text!r}: expected KEY[=VALUE][:NoSchedule|PreferNoSchedule|NoExecute]")
+        return cls(key=key, value=value, effect=effect)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Every field is read from the environment variable FFN_<FIELD> by `from_environment`."""
+    """Every field is read from the environment variable FFN_<FIELD> by `from_environment`.
+
+    Heavy steps are train and evaluate, light ones the rest.
+    """
 
     image: str = IMAGE
     """Image of the steps; by digest on a cluster, because KFP's cache does not see what a tag resolves to."""
+    pull_secret: str = ""
+    """Kubernetes Secret to pull the image with."""
     checkpoints: str = "/mnt/checkpoints"
     """Durable folder for the state of every epoch."""
+    checkpoints_claim: str = "ffn-checkpoints"
+    """PersistentVolumeClaim (ReadWriteMany) mounted there while training; empty where the folder needs none."""
+    data: str = "/mnt/data"
+    """Folder with recordings, read by ingest."""
+    data_claim: str = ""
+    """PersistentVolumeClaim mounted there."""
+    mlflow_secret: str = ""
+    """Kubernetes Secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    s3_secret: str = ""
+    """Kubernetes Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""
+    ca: str = ""
+    """ConfigMap with ca.crt, the authorities that MLflow and S3 are to be trusted by."""
     gpu: str = "nvidia.com/gpu"
-    """Kind of accelerator."""
+    """Kind of accelerator: the name of the resource that nodes offer."""
     gpus: int = 1
-    """Accelerators of a training or evaluating step; 0 for none."""
+    """Accelerators of a heavy step; 0 for none."""
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    """Labels of the nodes for heavy steps; `key=value`, with commas between."""
+    tolerations: tuple[Toleration, ...] = ()
+    """Taints that heavy steps put up with; `key=value:effect`, with commas between."""
+    shm: str = "8Gi"
+    """Size of /dev/shm of a heavy step, in memory; what is written there counts as the step's memory."""
     cpu: str = "8"
-    """CPU limit of a training or evaluating step."""
+    """CPU of a heavy step, request and limit."""
     memory: str = "32Gi"
-    """Memory limit of a training or evaluating step."""
+    """Memory of a heavy step, request and limit."""
     light_cpu: str = "2"
-    """CPU limit of every other step."""
+    """CPU limit of a light step; half a core is requested."""
     light_memory: str = "8Gi"
-    """Memory limit of every other step."""
+    """Memory limit of a light step; 2Gi are requested."""
     parallelism: int = 0
     """Streams of a protocol that train at once; 0 for all."""
+    retries: int = 2
+    """How often a failed step is run again, with growing pauses; a training goes on after its last complete epoch."""
+    hours: int = 72
+    """Time limit of one attempt of a heavy step; waiting for a node does not count."""
+    light_hours: int = 6
+    """Time limit of one attempt of a light step."""
     local: bool = False
     """Compiled for this machine: no resources are asked for, and every step with an output worth keeping is cached."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -41,14 +97,40 @@ class Settings:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """The settings of a cluster. Raises `FFNError` for a value of the wrong type."""
-        given = {}
+        """The settings of a cluster. Raises `FFNError` for a value of the wrong form, and for a password in a passed-on URL."""
+        given: dict[str, object] = {}
         for item in fields(cls):
-            text = os.environ.get(f"FFN_{item.name.upper()}")
+            name = f"FFN_{item.name.upper()}"
+            text = os.environ.get(name)
             if text is None or item.name in ("local", "environment"):
                 continue
             if item.type is int and not text.isdigit():
-                raise FFNError(f"FFN_{item.name.upper()}={text!r}: expected a whole number")
-            given[item.name] = int(text) if item.type is int else text
-        passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+                raise FFNError(f"{name}={text!r}: expected a whole number")
+            if item.name in ("shm", "cpu", "memory", "light_cpu", "light_memory") and not QUANTITY.fullmatch(text):
+                raise FFNError(f"{name}={text!r}: expected a quantity such as 8, 500m, 32Gi")
+            if item.name == "tolerations":
+                given[item.name] = tuple(Toleration.parse(part.strip()) for part in text.split(",") if part.strip())
+            elif item.name == "node_selector":
+                given[item.name] = _pairs(name, text)
+            else:
+                given[item.name] = int(text) if item.type is int else text
+        passed = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
+        for name, value in passed.items():
+            if urlsplit(value).password:
+                raise FFNError(f"{name} holds a password, which a compiled pipeline would show; name a Secret in FFN_MLFLOW_SECRET")
         return cls(**given, environment=passed)  # type: ignore[arg-type]
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the image is named by digest."""
+        return bool(DIGEST.search(self.image))
+
+
+def _pairs(name: str, text: str) -> dict[str, str]:
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not (key and equals):
+            raise FFNError(f"{name}: {part!r}: expected KEY=VALUE")
+        found[key] = value
+    return found

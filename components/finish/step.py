@@ -7,8 +7,10 @@ from pathlib import Path
 from components import step, tracking
 from ffn import plots, report
 
-STATES = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
-"""How KFP says a pipeline ended -> how MLflow does."""
+STATES = {
+    "SUCCEEDED": "FINISHED", "COMPLETE": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED", "CANCELED": "KILLED",
+}  # fmt: skip
+"""How KFP says a pipeline ended (here and on a cluster in different words) -> how MLflow does."""
 
 
 @step
@@ -33,4 +35,5 @@ def run(*, name: str, state: str, out: Path) -> None:
         parent.figure(plots.comparison(cells) if several else plots.results_table(report.by_protocol(results)), "results.png")
         if not several:
             parent.metrics({f"top1/{result.protocol}/{result.stream.replace('+', ' ')}": result.top1 for result in results})
-    parent.client.set_terminated(parent.id, STATES.get(state, "FAILED"))
+    # A server may still call a pipeline with loops RUNNING at its end: then its parts say how it went.
+    parent.client.set_terminated(parent.id, STATES.get(state) or tracking.outcome(parent.id))

@@ -11,6 +11,7 @@ def register(
     checkpoints: dsl.Input[list[dsl.Model]],
     fused: dsl.Input[dsl.Artifact],
     name: str,
+    job: str,
     parent: str,
 ) -> str:
     """The fused model as a version, alias challenger; returns its URI."""
@@ -22,6 +23,6 @@ def register(
         data=Path(data.path),
         checkpoints=[Path(folder.path) for folder in checkpoints],
         fused=Path(fused.path),
-        name=name,
+        name=name or job,
         parent=parent,
     )

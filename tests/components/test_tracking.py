@@ -109,3 +109,25 @@ def test_a_version_that_is_not_there_is_named(store: MlflowClient) -> None:
         tracking.at("models:/ffn-p/7")
     with pytest.raises(FFNError, match="no pipeline run called 'demo'"):
         tracking.parent("demo")
+
+
+@pytest.mark.parametrize(
+    ("state", "child", "status"),
+    [
+        ("SUCCEEDED", "FINISHED", "FINISHED"),
+        ("COMPLETE", "FINISHED", "FINISHED"),
+        ("CANCELED", "KILLED", "KILLED"),
+        ("FAILED", "FINISHED", "FAILED"),
+        ("RUNNING", "FINISHED", "FINISHED"),
+        ("RUNNING", "FAILED", "FAILED"),
+    ],
+)
+def test_every_way_kfp_says_how_it_ended_is_understood(
+    store: MlflowClient, tmp_path: Path, state: str, child: str, status: str
+) -> None:
+    parent = tracking.begin("demo", {})
+    with tracking.child(parent, key="k", name="ingest", kind="ingest") as track:
+        pass
+    store.set_terminated(track.id, child)
+    finish(name="demo", state=state, out=tmp_path / "table")
+    assert store.get_run(parent).info.status == status

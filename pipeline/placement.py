@@ -1,0 +1,80 @@
+"""What a step asks of the cluster: image, environment, cache, and where, with what and for how long its pod runs."""
+
+from kfp import dsl, kubernetes
+
+from pipeline.settings import Settings
+
+CACHED = frozenset({"ingest", "evaluate"})
+"""Steps whose output a cluster may reuse: the others open runs, resume from a state, or read and change the registry."""
+
+CACHED_LOCALLY = CACHED | {"train", "fuse"}
+"""Reused on one machine too: the parent run's id is part of every key there, so a new MLflow store finds nothing cached."""
+
+HEAVY = frozenset({"train", "evaluate"})
+
+MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+"""Keys of the Secrets, which are the variables that steps get from them."""
+
+CA_FOLDER = "/etc/ffn/ca"
+CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
+"""What boto3 and MLflow's client read the authorities' file from."""
+
+LIGHT_REQUEST = {"cpu": "500m", "memory": "2Gi"}
+HOUR = 3600
+
+
+def place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
+    """The task with its image, environment, cache policy and, on a cluster, its resources."""
+    step = task.component_spec.name
+    task.set_container_image(settings.image)
+    for name, value in settings.environment.items():
+        task.set_env_variable(name, value)
+    task.set_caching_options(step in (CACHED_LOCALLY if settings.local else CACHED))
+    if not settings.local:
+        _resources(task, settings, heavy=step in HEAVY)
+        _pod(task, settings, step)
+    return task
+
+
+def _resources(task: dsl.PipelineTask, settings: Settings, *, heavy: bool) -> None:
+    cpu, memory = (settings.cpu, settings.memory) if heavy else (settings.light_cpu, settings.light_memory)
+    task.set_cpu_limit(cpu).set_memory_limit(memory)
+    task.set_cpu_request(cpu if heavy else LIGHT_REQUEST["cpu"])
+    task.set_memory_request(memory if heavy else LIGHT_REQUEST["memory"])
+    limit = HOUR * (settings.hours if heavy else settings.light_hours)
+    kubernetes.set_timeout(task, limit)
+    if settings.retries:
+        # KFP gives up an hour after the first attempt began unless told otherwise: no long training would be run again.
+        whole = (settings.retries + 1) * (limit + HOUR)
+        task.set_retry(settings.retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration=f"{whole}s")
+    if not heavy:
+        return
+    if settings.gpus:
+        task.set_accelerator_type(settings.gpu).set_accelerator_limit(settings.gpus)
+    # The 64 MiB of a container's own are too few for the processes of one training to talk through.
+    kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=settings.shm)
+    for label, value in settings.node_selector.items():
+        kubernetes.add_node_selector(task, label, value)
+    for taint in settings.tolerations:
+        operator, value = ("Equal", taint.value) if taint.value else ("Exists", None)
+        kubernetes.add_toleration(task, key=taint.key, operator=operator, value=value, effect=taint.effect or None)
+
+
+def _pod(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
+    kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "ffn")
+    kubernetes.add_pod_label(task, "app.kubernetes.io/component", step)
+    kubernetes.set_security_context(task, run_as_non_root=True)
+    if settings.pull_secret:
+        kubernetes.set_image_pull_secrets(task, [settings.pull_secret])
+    if step == "train" and settings.checkpoints_claim:
+        kubernetes.mount_pvc(task, settings.checkpoints_claim, settings.checkpoints)
+    if step == "ingest" and settings.data_claim:
+        kubernetes.mount_pvc(task, settings.data_claim, settings.data)
+    for secret, keys in ((settings.mlflow_secret, MLFLOW_KEYS), (settings.s3_secret, S3_KEYS)):
+        if secret:
+            kubernetes.use_secret_as_env(task, secret, {key: key for key in keys})
+    if settings.ca:
+        kubernetes.use_config_map_as_volume(task, settings.ca, CA_FOLDER)
+        for name in CA_VARIABLES:
+            task.set_env_variable(name, f"{CA_FOLDER}/ca.crt")

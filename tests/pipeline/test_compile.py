@@ -1,0 +1,215 @@
+"""The compiled pipeline as a cluster reads it: the golden file, and the facts that must hold in it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ffn.config import STREAMS
+from ffn.errors import FFNError
+from ffn.protocols import NTU_PROTOCOLS
+from pipeline.cli import main
+from pipeline.settings import Settings, Toleration
+
+GOLDEN = Path(__file__).parent / "golden" / "pipeline.yaml"
+"""Written anew by `FFN_GOLDEN=write pytest tests/pipeline/test_compile.py`; read the difference before you commit it."""
+
+IMAGE = "registry.example/ffn@sha256:" + "0123456789abcdef" * 4
+ENVIRONMENT = {
+    "FFN_IMAGE": IMAGE,
+    "FFN_PULL_SECRET": "registry",
+    "FFN_DATA_CLAIM": "recordings",
+    "FFN_MLFLOW_SECRET": "ffn-mlflow",
+    "FFN_S3_SECRET": "ffn-s3",
+    "FFN_CA": "authorities",
+    "FFN_GPUS": "2",
+    "FFN_NODE_SELECTOR": "nvidia.com/gpu.product=NVIDIA-H200, pool=train",
+    "FFN_TOLERATIONS": "nvidia.com/gpu:NoSchedule,dedicated=ffn:NoExecute",
+    "FFN_PARALLELISM": "2",
+    "MLFLOW_TRACKING_URI": "http://mlflow.ffn:5000",
+    "MLFLOW_TRACKING_USERNAME": "u-s-e-r",
+    "MLFLOW_TRACKING_PASSWORD": "p-a-s-s-w-o-r-d",
+    "AWS_ACCESS_KEY_ID": "i-d",
+    "AWS_SECRET_ACCESS_KEY": "k-e-y",
+}
+
+
+def set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiling environment: the above and nothing else that compiling reads."""
+    for name in [name for name in os.environ if name.startswith(("FFN_", "MLFLOW_", "AWS_")) and name != "FFN_GOLDEN"]:
+        monkeypatch.delenv(name)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up(monkeypatch)
+
+
+class Spec:
+    """Both documents of a compiled pipeline."""
+
+    def __init__(self, path: Path) -> None:
+        self.pipeline, platform = yaml.load_all(path.read_text(), Loader=yaml.CSafeLoader)
+        self.executors = self.pipeline["deploymentSpec"]["executors"]
+        self.pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+    def tasks(self) -> list[tuple[str, str, int, int, dict[str, Any]]]:
+        """Step, executor, how many of it run, how many at once within their loop, and what the graph says: all that get a pod."""
+        return list(self._walk(self.pipeline["root"]["dag"], 1, 1))
+
+    def _walk(self, dag: dict[str, Any], count: int, at_once: int) -> Any:
+        for task in dag["tasks"].values():
+            component = self.pipeline["components"][task["componentRef"]["name"]]
+            if "dag" not in component:
+                yield task["taskInfo"]["name"], component["executorLabel"], count, at_once, task
+                continue
+            loop = task.get("parameterIterator")
+            items = len(json.loads(loop["items"]["raw"])) if loop else 1
+            limit = task.get("iteratorPolicy", {}).get("parallelismLimit", items)
+            yield from self._walk(component["dag"], count * items, at_once * limit)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_up(monkeypatch)
+        assert main(["compile", "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def spec(compiled: Path) -> Spec:
+    return Spec(compiled)
+
+
+def test_the_compiled_pipeline_is_the_golden_file(cluster: None, tmp_path: Path) -> None:
+    """Of one protocol: the others differ in their name."""
+    path = tmp_path / "pipeline.yaml"
+    assert main(["compile", "--protocols", "ntu60-xsub", "--out", str(path)]) == 0
+    text = "".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("sdkVersion: "))
+    if os.environ.get("FFN_GOLDEN") == "write":
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text()
+
+
+def test_sixteen_trainings_ask_for_gpus_two_of_a_protocol_at_once(spec: Spec) -> None:
+    asked = {
+        executor: (step, count, at_once, spec.executors[executor]["container"]["resources"].get("accelerator"))
+        for step, executor, count, at_once, _ in spec.tasks()
+    }
+    gpus = {"type": "nvidia.com/gpu", "resourceType": "nvidia.com/gpu", "count": "2", "resourceCount": "2"}
+    for kind in ("train", "evaluate"):
+        of = [row for row in asked.values() if row[0] == kind]
+        assert sum(count for _, count, _, _ in of) == len(NTU_PROTOCOLS) * len(STREAMS) == 16
+        assert {at_once for _, _, at_once, _ in of} == {2}
+        assert all(accelerator == gpus for *_, accelerator in of)
+    assert not any(row[3] for row in asked.values() if row[0] not in ("train", "evaluate"))
+
+
+def test_every_step_has_limits_a_deadline_and_retries_that_outlast_it(spec: Spec) -> None:
+    for step, executor, _, _, task in spec.tasks():
+        resources, pod, retry = spec.executors[executor]["container"]["resources"], spec.pods[executor], task["retryPolicy"]
+        assert {"resourceCpuLimit", "resourceMemoryLimit", "resourceCpuRequest", "resourceMemoryRequest"} <= set(resources), step
+        assert resources["memoryRequest"] <= resources["memoryLimit"]
+        assert resources["cpuRequest"] <= resources["cpuLimit"]
+        assert retry["maxRetryCount"] == 2
+        assert int(retry["backoffMaxDuration"].rstrip("s")) > 3 * int(pod["activeDeadlineSeconds"]) > 0, step
+
+
+def test_only_ingest_and_evaluate_are_cached(spec: Spec) -> None:
+    cached = {step for step, *_, task in spec.tasks() if task.get("cachingOptions", {}).get("enableCache")}
+    assert cached == {"ingest", "evaluate"}
+    assert {step for step, *_ in spec.tasks()} == {
+        "begin", "ingest", "train", "evaluate", "fuse", "register", "gate", "promote", "finish",
+    }  # fmt: skip
+
+
+def test_images_are_named_by_digest(spec: Spec) -> None:
+    assert {executor["container"]["image"] for executor in spec.executors.values()} == {IMAGE}
+    assert {secret["secretName"] for pod in spec.pods.values() for secret in pod["imagePullSecret"]} == {"registry"}
+
+
+def test_secrets_are_named_and_never_written(compiled: Path, spec: Spec) -> None:
+    text = compiled.read_text()
+    assert not [
+        name for name in ENVIRONMENT if name.endswith(("USERNAME", "PASSWORD", "_ID", "_KEY")) and ENVIRONMENT[name] in text
+    ]
+    for pod in spec.pods.values():
+        of = {entry["secretName"]: {key["envVar"] for key in entry["keyToEnv"]} for entry in pod["secretAsEnv"]}
+        assert of == {
+            "ffn-mlflow": {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"},
+            "ffn-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
+        }
+
+
+def test_states_and_recordings_are_volumes_where_they_are_used(spec: Spec) -> None:
+    mounted = {
+        (step, mount["mountPath"]) for step, executor, *_ in spec.tasks() for mount in spec.pods[executor].get("pvcMount", [])
+    }
+    assert mounted == {("train", "/mnt/checkpoints"), ("ingest", "/mnt/data")}
+    trained = [task["inputs"]["parameters"] for step, *_, task in spec.tasks() if step == "train"]
+    given = {inputs["checkpoints"]["runtimeValue"]["constant"] for inputs in trained}
+    assert given == {"/mnt/checkpoints"}
+
+
+def test_heavy_steps_run_on_chosen_nodes_with_memory_to_share(spec: Spec) -> None:
+    for step, executor, *_ in spec.tasks():
+        pod = spec.pods[executor]
+        heavy = step in ("train", "evaluate")
+        selector = {"nvidia.com/gpu.product": "NVIDIA-H200", "pool": "train"}
+        assert pod.get("nodeSelector", {}).get("labels", {}) == (selector if heavy else {})
+        assert [(t["key"], t["operator"], t.get("value"), t["effect"]) for t in pod.get("tolerations", [])] == (
+            [("nvidia.com/gpu", "Exists", None, "NoSchedule"), ("dedicated", "Equal", "ffn", "NoExecute")] if heavy else []
+        )
+        shared = [mount["mountPath"] for mount in pod.get("emptyDirMounts", []) if mount["medium"] == "Memory"]
+        assert shared == (["/dev/shm"] if heavy else [])
+        assert pod["podMetadata"]["labels"] == {"app.kubernetes.io/part-of": "ffn", "app.kubernetes.io/component": step}
+        assert pod["securityContext"] == {"runAsNonRoot": True}
+
+
+def test_a_private_authority_is_trusted_by_both_clients(spec: Spec) -> None:
+    for name, pod in spec.pods.items():
+        (mount,) = pod["configMapAsVolume"]
+        assert (mount["configMapName"], mount["mountPath"]) == ("authorities", "/etc/ffn/ca")
+        variables = {entry["name"]: entry["value"] for entry in spec.executors[name]["container"]["env"]}
+        assert variables["AWS_CA_BUNDLE"] == variables["REQUESTS_CA_BUNDLE"] == "/etc/ffn/ca/ca.crt"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("FFN_TOLERATIONS", "gpu:Never", r"FFN_TOLERATIONS: 'gpu:Never': expected KEY\[=VALUE\]"),
+        ("FFN_TOLERATIONS", "=x", "FFN_TOLERATIONS: '=x'"),
+        ("FFN_NODE_SELECTOR", "pool", "FFN_NODE_SELECTOR: 'pool': expected KEY=VALUE"),
+        ("FFN_MEMORY", "32 GB", "FFN_MEMORY='32 GB': expected a quantity"),
+        ("FFN_HOURS", "1.5", "FFN_HOURS='1.5': expected a whole number"),
+        ("MLFLOW_TRACKING_URI", "http://a:b@mlflow", "MLFLOW_TRACKING_URI holds a password"),
+    ],
+)
+def test_a_setting_of_the_wrong_form_is_named(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(FFNError, match=said):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize("value", ["", "v"])
+@pytest.mark.parametrize("effect", ["", "NoExecute"])
+def test_a_toleration_is_read_as_kubectl_writes_taints(value: str, effect: str) -> None:
+    text = "k/y" + (f"={value}" if value else "") + (f":{effect}" if effect else "")
+    assert Toleration.parse(text) == Toleration(key="k/y", value=value, effect=effect)
+
+
+def test_a_tag_is_warned_of(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FFN_IMAGE", "registry.example/ffn:latest")
+    assert main(["compile", "--protocols", "p", "--streams", "j", "--out", str(tmp_path / "p.yaml")]) == 0
+    assert "ffn: warning: image registry.example/ffn:latest is a tag" in capsys.readouterr().err
