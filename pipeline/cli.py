@@ -61,6 +61,34 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--out", type=Path, default=Path("pipeline.yaml"))
     added.add_argument("--picture", type=Path, metavar="SVG", help="draw the compiled pipeline too (needs graphviz)")
 
+    added = verb(submit, "run a compiled pipeline on Kubeflow Pipelines")
+    _submission(added)
+    added.add_argument(
+        "--name", default="", help="by default derived from the inputs; a run of that name is taken up, not made again"
+    )
+    added.add_argument(
+        "--retry", action="store_true", help="if the run of that name failed or was cancelled, go on where it stopped"
+    )
+    added.add_argument("--watch", action="store_true", help="and follow it to its end, as `ffn watch` does")
+    _watching(added)
+
+    added = verb(watch, "follow a run on Kubeflow Pipelines to its end")
+    added.add_argument("run", metavar="RUN", help="its id or name")
+    _experiment(added)
+    _watching(added)
+
+    added = verb(schedule, "run a compiled pipeline again and again")
+    _submission(added)
+    added.add_argument("--name", required=True, help="of the schedule; one of that name is replaced")
+    added.add_argument("--cron", required=True, help="minute hour day month weekday, in the server's time zone: '0 2 * * 0'")
+
+    added = verb(schedules, "list the schedules")
+    _experiment(added)
+
+    added = verb(unschedule, "delete a schedule")
+    added.add_argument("name", metavar="NAME")
+    _experiment(added)
+
     added = verb(paper, "the paper's rows: parameters and operations, ours beside the paper's")
     added.add_argument("--markdown", type=Path, metavar="FILE", help="write the whole page, docs/paper.md, instead")
 
@@ -164,6 +192,99 @@ def compile(given: argparse.Namespace) -> None:
 
         draw(given.out, given.picture)
         print(given.picture)
+
+
+def submit(given: argparse.Namespace) -> int:
+    """Submit a compiled pipeline to Kubeflow Pipelines, once: the same command finds the run it made.
+
+    Prints the run's id; FFN_KFP_URL and the like say where (see docs/cluster.md).
+    """
+    from pipeline import submit as kfp
+
+    server = kfp.Server.from_environment()
+    inputs = _inputs(given)
+    name = given.name or f"{given.preset}-{kfp.load(given.pipeline, inputs, allow_tag=True).digest[:8]}"
+    require_name("--name", name)
+    pipeline = kfp.load(given.pipeline, {**inputs, "name": name}, allow_tag=given.allow_tag)
+
+    def work() -> int:
+        run, done = kfp.submit(
+            server, pipeline, name=name, experiment=given.experiment, account=_account(), retry=given.retry
+        )  # fmt: skip
+        print(run["run_id"], flush=True)
+        print(f"ffn: run {name} is {done}", file=sys.stderr)
+        for what, link in kfp.links(server, run):
+            print(f"ffn: {what:<7} {link}", file=sys.stderr)
+        if not given.watch:
+            return 0
+        return kfp.follow(server, run["run_id"], hours=given.hours, cancel_on_exit=given.cancel_on_exit)
+
+    return kfp.told(work)
+
+
+def watch(given: argparse.Namespace) -> int:
+    """Follow a run to its end: 0 it succeeded, 1 failed, 3 cancelled, 4 not done in time, 5 unreachable, 6 we are refused.
+
+    Ctrl-C leaves it running.
+    """
+    from pipeline import submit as kfp
+
+    server = kfp.Server.from_environment()
+
+    def work() -> int:
+        run = kfp.run_id(server, given.run, given.experiment)
+        for what, link in kfp.links(server, server.get(f"runs/{run}")):
+            print(f"ffn: {what:<7} {link}", file=sys.stderr)
+        return kfp.follow(server, run, hours=given.hours, cancel_on_exit=given.cancel_on_exit)
+
+    return kfp.told(work)
+
+
+def schedule(given: argparse.Namespace) -> int:
+    """Put a compiled pipeline on a schedule; the same command again changes nothing, another one replaces it."""
+    from pipeline import submit as kfp
+
+    server = kfp.Server.from_environment()
+    pipeline = kfp.load(given.pipeline, _inputs(given), allow_tag=given.allow_tag)
+
+    def work() -> int:
+        made, done = kfp.schedule(
+            server, pipeline, name=given.name, cron=given.cron, experiment=given.experiment, account=_account()
+        )
+        print(made["recurring_run_id"], flush=True)
+        print(f"ffn: schedule {given.name} is {done}", file=sys.stderr)
+        return 0
+
+    return kfp.told(work)
+
+
+def schedules(given: argparse.Namespace) -> int:
+    """List the schedules of an experiment: name, cron expression (seconds first), state, id."""
+    from pipeline import submit as kfp
+
+    server = kfp.Server.from_environment()
+
+    def work() -> int:
+        for entry in kfp.schedules(server, given.experiment):
+            cron = entry.get("trigger", {}).get("cron_schedule", {}).get("cron", "")
+            print(f"{entry['display_name']:<24} {cron:<20} {entry.get('status', '').lower():<9} {entry['recurring_run_id']}")
+        return 0
+
+    return kfp.told(work)
+
+
+def unschedule(given: argparse.Namespace) -> int:
+    """Delete a schedule; the runs it made stay."""
+    from pipeline import submit as kfp
+
+    server = kfp.Server.from_environment()
+
+    def work() -> int:
+        if not kfp.unschedule(server, given.name, given.experiment):
+            raise FFNError(f"no schedule {given.name} in experiment {given.experiment}")
+        return 0
+
+    return kfp.told(work)
 
 
 def paper(given: argparse.Namespace) -> None:
@@ -297,6 +418,44 @@ def _space(added: argparse.ArgumentParser) -> None:
 
 def _workspace(added: argparse.ArgumentParser) -> None:
     added.add_argument("--workspace", type=Path, help="where runs, models and states are kept; default FFN_WORKSPACE or .ffn")
+
+
+def _submission(added: argparse.ArgumentParser) -> None:
+    added.add_argument("pipeline", type=Path, metavar="PIPELINE.yaml", help="what `ffn compile` wrote")
+    added.add_argument("--data", required=True, metavar="SOURCE", help="raw recordings, as the pod of ingest finds them")
+    added.add_argument("--data-version", default="", help="names what lies there now: a date, a digest; another one is read anew")
+    _space(added)
+    _recipe(added)
+    added.add_argument("--allow-tag", action="store_true", help="submit an image that is not named by digest")
+    _experiment(added)
+
+
+def _experiment(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--experiment", default="ffn", help="of Kubeflow Pipelines; default ffn")
+
+
+def _watching(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--hours", type=float, default=96.0, help="how long to watch; default 96")
+    added.add_argument(
+        "--cancel-on-exit", action="store_true", help="leaving before the end (Ctrl-C, SIGTERM, too late) cancels the run"
+    )
+
+
+def _inputs(given: argparse.Namespace) -> dict[str, object]:
+    """The pipeline's parameters."""
+    from ffn.config import require_trainable
+
+    require_trainable(_config(given))
+    if not given.data.startswith("/") and "://" not in given.data:
+        raise FFNError(f"--data {given.data}: expected an absolute path in the pod of ingest, such as /mnt/data/x, or a URI")
+    return {
+        "source": given.data, "source_version": given.data_version, "space": given.space, "preset": given.preset,
+        "overrides": _overrides(given),
+    }  # fmt: skip
+
+
+def _account() -> str:
+    return os.environ.get("FFN_SERVICE_ACCOUNT", "ffn-pipeline")
 
 
 def _names(text: str) -> tuple[str, ...]:

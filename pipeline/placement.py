@@ -54,11 +54,11 @@ def _resources(task: dsl.PipelineTask, settings: Settings, *, heavy: bool) -> No
         task.set_accelerator_type(settings.gpu).set_accelerator_limit(settings.gpus)
     # The 64 MiB of a container's own are too few for the processes of one training to talk through.
     kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=settings.shm)
-    for label, value in settings.node_selector.items():
-        kubernetes.add_node_selector(task, label, value)
+    for label, wanted in settings.node_selector.items():
+        kubernetes.add_node_selector(task, label, wanted)
     for taint in settings.tolerations:
-        operator, value = ("Equal", taint.value) if taint.value else ("Exists", None)
-        kubernetes.add_toleration(task, key=taint.key, operator=operator, value=value, effect=taint.effect or None)
+        value, effect = taint.value or None, taint.effect or None
+        kubernetes.add_toleration(task, key=taint.key, operator="Equal" if value else "Exists", value=value, effect=effect)
 
 
 def _pod(task: dsl.PipelineTask, settings: Settings, step: str) -> None:

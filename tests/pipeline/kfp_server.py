@@ -1,0 +1,191 @@
+"""A KFP API for tests: as strict about bodies as the real one, and as faulty as a test tells it to be."""
+
+import json
+import re
+import socket
+import struct
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+Json = dict[str, Any]
+
+RUN = {
+    "display_name": str, "description": str, "experiment_id": str, "pipeline_spec": dict, "runtime_config": dict,
+    "service_account": str,
+}  # fmt: skip
+SCHEDULE = {**RUN, "mode": str, "max_concurrency": str, "no_catchup": bool, "trigger": dict}
+EXPERIMENT = {"display_name": str, "namespace": str}
+
+
+class Fault:
+    """What happens to the next request that `matches` (`POST runs`)."""
+
+    def __init__(self, matches: str, kind: str | int, *, applied: bool = False, times: int = 1, location: str = "") -> None:
+        self.matches, self.kind, self.applied, self.times, self.location = matches, kind, applied, times, location
+        """`kind`: a status, `reset` (the connection breaks), `silent` (no answer), `html`. `applied`: it took effect before."""
+
+
+class FakeKFP:
+    """The state of the server, and what was asked of it."""
+
+    def __init__(self) -> None:
+        self.experiments: list[Json] = []
+        self.runs: list[Json] = []
+        self.recurringruns: list[Json] = []
+        self.faults: list[Fault] = []
+        self.asked: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self.states: list[list[Json]] = []
+        """What the next looks at a run show; the last stays."""
+        self.token = ""
+        self.released = threading.Event()
+        self.lock = threading.RLock()
+
+    def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> tuple[int, Any]:
+        kind, _, rest = path.removeprefix("/apis/v2beta1/").partition("/")
+        with self.lock:
+            store: list[Json] = getattr(self, kind, None)  # type: ignore[assignment]
+            if store is None:
+                return 404, {"code": 5, "message": f"no {path}"}
+            if method == "POST" and not rest:
+                return self._create(kind, store, body)
+            if not rest:
+                return self._list(kind, store, query)
+            found, _, action = rest.partition(":")
+            entry = next((entry for entry in store if found in entry.values()), None)
+            if entry is None:
+                return 404, {"code": 5, "message": f"{kind} {found} not found", "details": []}
+            if method == "DELETE":
+                store.remove(entry)
+                return 200, {}
+            if action == "terminate":
+                entry["state"] = "CANCELED"
+            elif action == "retry":
+                if entry["state"] not in ("FAILED", "CANCELED"):
+                    return 400, {"code": 3, "message": "only a failed run can be retried"}
+                entry["state"] = "RUNNING"
+            elif action == "enable":
+                entry["status"] = "ENABLED"
+            elif kind == "runs" and self.states:
+                entry.update(self.states.pop(0) if len(self.states) > 1 else self.states[0])  # type: ignore[arg-type]
+            return 200, {} if action else entry
+
+    def _create(self, kind: str, store: list[Json], body: Any) -> tuple[int, Any]:
+        contract = {"runs": RUN, "recurringruns": SCHEDULE, "experiments": EXPERIMENT}[kind]
+        if not isinstance(body, dict) or not body.get("display_name"):
+            return 400, {"code": 3, "message": "display_name is required"}
+        for key, value in body.items():
+            if key not in contract or not isinstance(value, contract[key]):
+                return 400, {"code": 3, "message": f"unknown field {key!r} or wrong type"}
+        if kind == "experiments" and any(entry["display_name"] == body["display_name"] for entry in store):
+            return 409, {"code": 6, "message": "already exists"}
+        if kind != "experiments" and set(body["runtime_config"]) != {"parameters"}:
+            return 400, {"code": 3, "message": "runtime_config"}
+        if kind == "recurringruns" and not re.fullmatch(r"\S+( \S+){5}", body["trigger"]["cron_schedule"]["cron"]):
+            return 400, {"code": 3, "message": "cron"}
+        made = {**body, "created_at": f"2026-01-01T00:00:{len(store):02d}Z"}
+        made[{"runs": "run_id", "recurringruns": "recurring_run_id", "experiments": "experiment_id"}[kind]] = str(uuid.uuid4())
+        made |= {"state": "PENDING"} if kind == "runs" else {"status": "ENABLED"} if kind == "recurringruns" else {}
+        store.append(made)
+        return 200, made
+
+    def _list(self, kind: str, store: list[Json], query: dict[str, str]) -> tuple[int, Any]:
+        """Two entries to a page, so that more are on the next."""
+        (predicate,) = json.loads(query["filter"])["predicates"] if "filter" in query else (None,)
+        experiment = query.get("experiment_id", "")
+        found = [
+            entry
+            for entry in store
+            if (not predicate or entry[predicate["key"]] == predicate["string_value"])
+            and (not experiment or entry.get("experiment_id") == experiment)
+        ]
+        start = int(query.get("page_token") or 0)
+        page = {"recurringruns": "recurringRuns"}.get(kind, kind)
+        more = {"next_page_token": str(start + 2)} if len(found) > start + 2 else {}
+        return 200, {page: found[start : start + 2], "total_size": len(found), **more}
+
+
+@contextmanager
+def serving(kfp: FakeKFP) -> Iterator[str]:
+    """Serve `kfp` on this machine; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            split = urlsplit(self.path)
+            asked = f"{self.command} {split.path.removeprefix('/apis/v2beta1/')}"
+            kfp.asked.append(asked)
+            kfp.headers.append(dict(self.headers))
+            fault = next((fault for fault in kfp.faults if fault.times and re.fullmatch(fault.matches, asked)), None)
+            if fault:
+                fault.times -= 1
+            if fault and fault.kind == "reset" and not fault.applied:
+                self.hang_up()  # before the body was read: in mid-upload
+                return
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
+            query = {key: values[0] for key, values in parse_qs(split.query).items()}
+            status, answer = 401, {"code": 16, "message": "who are you?"}
+            if not kfp.token or self.headers.get("Authorization") == f"Bearer {kfp.token}":
+                if not fault or fault.applied:
+                    status, answer = kfp.answer(self.command, split.path, query, body)
+                if fault and fault.kind == "reset":
+                    self.hang_up()
+                    return
+                if fault and fault.kind == "silent":
+                    kfp.released.wait(30)
+                    return
+                if fault and fault.kind == "html":
+                    self.reply(200, b"<html>Log in</html>", "text/html")
+                    return
+                if fault and isinstance(fault.kind, int):
+                    status, answer = fault.kind, {"code": 13, "message": "trouble"}
+            self.reply(status, json.dumps(answer).encode(), "application/json", fault.location if fault else "")
+
+        def hang_up(self) -> None:
+            """A reset, not an orderly end."""
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.rfile.close()
+            self.connection.close()
+            self.close_connection = True
+
+        def reply(self, status: int, content: bytes, kind: str, location: str = "") -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            if location:
+                self.send_header("Location", location)
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_DELETE = handle_any
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def handle(self) -> None:
+            try:
+                super().handle()
+            except (OSError, ValueError):  # who asked has gone, or we closed it
+                self.close_connection = True
+
+        def finish(self) -> None:
+            with suppress(OSError, ValueError):
+                super().finish()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        kfp.released.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
