@@ -108,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--stream", choices=list(STREAMS), required=True)
     _recipe(added)
     added.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    added.add_argument("--processes", type=int, help="share every batch among so many; default FFN_PROCESSES or one for every GPU")
     _workspace(added)
 
     added = verb(evaluate, "a checkpoint's scores of the held-out samples")
@@ -326,7 +327,7 @@ def train(given: argparse.Namespace) -> None:
     states = workspace(given.workspace).root / "checkpoints"
     out = fit(
         SkeletonSet.open(given.data), protocol=given.protocol, stream=given.stream,
-        config=recipe(given.preset, given.set, given.seed), out=given.out, state_dir=states,
+        config=recipe(given.preset, given.set, given.seed), out=given.out, state_dir=states, processes=given.processes,
     )  # fmt: skip
     print(out)
 

@@ -1,5 +1,6 @@
 """Train: one stream of one protocol, resumed where an earlier attempt stopped."""
 
+import functools
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,6 +10,7 @@ import numpy as np
 
 from components import say, step, tracking
 from ffn import config as configuration
+from ffn import parallel
 from ffn.checkpoint import read_history, read_meta
 from ffn.data.store import SkeletonSet
 from ffn.inference import write_fused
@@ -34,12 +36,19 @@ def run(
 ) -> dict[str, str]:
     """Publish the checkpoint in the folder `out`; the state of every epoch is kept under `checkpoints`.
 
-    Returns what names the checkpoint: preset, protocol, stream, seed.
+    One process for every GPU, or as many as FFN_PROCESSES says; of those that torchrun started the first alone speaks to
+    MLflow. Returns what names the checkpoint: preset, protocol, stream, seed.
     """
     skeletons = SkeletonSet.open(data)
     config = configuration.recipe(preset, overrides, seed)
     key = train_key(skeletons.digest, config, protocol, stream)
     names = tracking.names(preset, protocol, stream, seed)
+    fit = functools.partial(
+        train, skeletons, protocol=protocol, stream=stream, config=config, out=out, state_dir=checkpoints, progress=False
+    )
+    if parallel.follower():
+        fit()
+        return names
     with tracking.child(parent, key=key, kind="train", names=names) as track:
         split = skeletons.split(protocol)
         track.params({**names, **flat(config)})
@@ -58,10 +67,7 @@ def run(
                 f"{epoch.clips_per_second:.0f} clips/s"
             )
 
-        train(
-            skeletons, protocol=protocol, stream=stream, config=config, out=out, state_dir=checkpoints,
-            on_epoch=on_epoch, progress=False,
-        )  # fmt: skip
+        fit(on_epoch=on_epoch)
         history = read_history(out)
         for record in history:  # epochs that ran under another parent, or whose logging a kill cut off
             log(record)

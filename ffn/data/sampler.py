@@ -71,9 +71,15 @@ class Sampler:
 
     def train_batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
         """Clips of the samples `index` (N,), frames drawn at random and augmented, from `generator` (of the CPU) alone."""
-        count, length = len(index), self.clip.frames
-        draws = torch.rand(count, 2 * length + 8, generator=generator).to(self.keypoints.device)
-        frames = self.frames[index]
+        return self.train_clips(index, self.draws(len(index), generator))
+
+    def draws(self, count: int, generator: torch.Generator) -> Tensor:
+        """The uniform numbers that decide `count` training clips, a row each."""
+        return torch.rand(count, 2 * self.clip.frames + 8, generator=generator).to(self.keypoints.device)
+
+    def train_clips(self, index: Tensor, draws: Tensor) -> Tensor:
+        """Clips of the samples `index` (N,), frames chosen and augmented as the N rows of `draws` say."""
+        length, frames = self.clip.frames, self.frames[index]
         if self.clip.sampling == "random":
             number = random_frames(frames, draws[:, 8 : length + 8])
         else:
@@ -165,7 +171,7 @@ def augmentation(draws: Tensor, *, space: Space, rotate: float, scale: float) ->
     angles = (2 * draws[:, :3] - 1) * rotate
     scales = 1 + (2 * draws[:, 3:6] - 1) * scale
     if space == "2d":
-        angles = angles * torch.tensor([0.0, 0.0, 1.0], device=draws.device)
+        angles = torch.cat([torch.zeros_like(angles[:, :2]), angles[:, 2:]], 1)
         scales = torch.cat([scales[:, :2], torch.ones_like(scales[:, :1])], 1)
     turn = torch.diag_embed(scales)
     for axis in range(3):

@@ -1,5 +1,7 @@
 """Attention at the end of MSF-TCN. Tensors are (N·M, C, T, V), channels last in memory."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -70,6 +72,7 @@ class DropAttention(nn.Module):
     def __init__(self, *, keep_prob: float = 0.7) -> None:
         super().__init__()
         self.keep_prob = keep_prob
+        self.mean: Callable[[Tensor], Tensor] = torch.mean  # over the whole batch, wherever its parts are
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.training:
@@ -80,7 +83,7 @@ class DropAttention(nn.Module):
             a = torch.sigmoid(square / (4 * (variance + 1e-4)) + 0.5)
             joints = (a.mean((1, 2), keepdim=True) < self.keep_prob).float()
             entries = (a < self.keep_prob).float()
-            kept = joints / joints.mean() * entries / entries.mean()
+            kept = joints / self.mean(joints) * entries / self.mean(entries)
         return x * kept.to(x.dtype)
 
 

@@ -120,10 +120,10 @@ def test_every_epoch_samples_anew(toys):
     from ffn.data.sampler import Sampler
 
     seen = []
-    real = Sampler.train_batch
+    real = Sampler.train_clips
 
-    def spy(self, index, generator):
-        clips = real(self, index, generator)
+    def spy(self, index, draws):
+        clips = real(self, index, draws)
         seen.append(dict(zip(index.tolist(), clips, strict=True)))
         return clips
 
@@ -132,7 +132,7 @@ def test_every_epoch_samples_anew(toys):
     config = override(preset("S0"), ["training.batch_size=100"])
     network.forward = lambda x: torch.zeros(len(x), 3, requires_grad=True)  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sampler, "train_batch", spy)
+        patch.setattr(Sampler, "train_clips", spy)
         for number in (1, 2):
             optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
             training.run_epoch(network, optimizer, sampler, np.arange(9), torch.zeros(36, dtype=torch.long), config, number)
