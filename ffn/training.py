@@ -124,10 +124,7 @@ def train(
         first = team.rank == 0
         with locked(state.with_name("lock")) if first else contextlib.nullcontext():
             network = build(config.model, data.layout, len(split.classes)).to(team.device)
-            optimizer = torch.optim.SGD(
-                network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True,
-                fused=True,
-            )  # fmt: skip
+            optimizer = sgd(network, recipe)
             history = restore(state, network, optimizer, team) if first and state.exists() else []
             history = share(history, network, optimizer, team)
             sampler = Sampler.of(data, stream, config.clip, team.device)
@@ -186,6 +183,13 @@ def process_count(asked: int | None, device: torch.device, smallest: int) -> int
     if gpus and not parallel.world() and count > gpus:
         raise FFNError(f"{name}={count}: this machine has {gpus} GPUs; use no more")
     return count
+
+
+def sgd(network: nn.Module, recipe: TrainingConfig) -> torch.optim.SGD:
+    """The optimiser of the recipe: every weight read and written once a step."""
+    return torch.optim.SGD(
+        network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True, fused=True
+    )
 
 
 def compiled(network: nn.Module, shapes: Sequence[tuple[int, ...]], team: Team) -> nn.Module:

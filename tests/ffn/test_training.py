@@ -254,6 +254,99 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < 0.1
 
 
+def test_trying_the_compiler_changes_nothing(toys, tmp_path, monkeypatch):
+    """Both sizes of batch are tried before the first step; statistics and gradients of that are forgotten."""
+    tried = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self, network, **options):
+            super().__init__()
+            self.network, self.options = network, options
+
+        def forward(self, clips):
+            tried.append((clips.shape[0], self.options["dynamic"]))
+            return self.network(clips)
+
+    settings = ("training.epochs=1", "training.batch_size=5", "model.dropout=0.3")
+    eager = run(toys, tmp_path / "eager", *settings)
+    monkeypatch.setattr(torch, "compile", Spy)
+    monkeypatch.setenv("FFN_COMPILE", "1")
+    spied = run(toys, tmp_path / "spied", *settings)
+    assert set(tried[:2]) == {(5, False), (4, False)}
+    assert (spied / "model.safetensors").read_bytes() == (eager / "model.safetensors").read_bytes()
+
+
+def test_what_cannot_be_compiled_trains_as_it_is(toys, tmp_path, monkeypatch, capsys):
+    def compile(network, **options):
+        def call(clips):
+            network(clips)
+            raise RuntimeError("no compiler here\nat all")
+
+        return call
+
+    eager = run(toys, tmp_path / "eager", "training.epochs=1")
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setenv("FFN_COMPILE", "1")
+    other = run(toys, tmp_path / "other", "training.epochs=1")
+    assert capsys.readouterr().err == "training without torch.compile: no compiler here\n"
+    assert (other / "model.safetensors").read_bytes() == (eager / "model.safetensors").read_bytes()
+
+
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+def losses(out: Path) -> list[float]:
+    return [record["loss"] for record in checkpoint.read_history(out)]
+
+
+@on_gpu
+def test_gpu_compiled_and_eager_losses_agree(toys, tmp_path, monkeypatch, capsys):
+    compiled = run(toys, tmp_path / "compiled", device="cuda")
+    assert "without torch.compile" not in capsys.readouterr().err
+    monkeypatch.setenv("FFN_COMPILE", "0")
+    eager = run(toys, tmp_path / "eager", device="cuda")
+    np.testing.assert_allclose(losses(compiled), losses(eager), rtol=0.05)
+
+
+@on_gpu
+def test_gpu_bfloat16_learns_as_float32_does(toys, tmp_path):
+    settings = ("training.epochs=30", "loss.name=cross_entropy")
+    half, full = run(toys, tmp_path / "gpu", *settings, device="cuda"), run(toys, tmp_path / "cpu", *settings, device="cpu")
+    np.testing.assert_allclose(losses(half)[:3], losses(full)[:3], rtol=0.1)
+    assert measure(evaluate(toys, half)).top1 >= 0.75
+
+
+@on_gpu
+def test_gpu_resumed_training_ends_with_the_same_weights(toys, tmp_path):
+    whole = run(toys, tmp_path / "whole", device="cuda")
+    with pytest.raises(Interrupted):
+        run(toys, tmp_path / "parts", device="cuda", on_epoch=stop_after(2))
+    parts = run(toys, tmp_path / "parts", device="cuda")
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+
+
+@on_gpu
+def test_gpu_no_step_waits_for_the_device(toys, tmp_path, monkeypatch):
+    """From the first batch of an epoch to the sums at its end nothing is read back."""
+    from ffn.data.sampler import Sampler
+    from ffn.parallel import Team
+
+    clips, total = Sampler.train_clips, Team.sum
+
+    def first(self, index, draws):
+        torch.cuda.set_sync_debug_mode("error")
+        return clips(self, index, draws)
+
+    def last(self, tensor):
+        torch.cuda.set_sync_debug_mode("default")
+        return total(self, tensor)
+
+    monkeypatch.setattr(Sampler, "train_clips", first)
+    monkeypatch.setattr(Team, "sum", last)
+    run(toys, tmp_path, "clip.rotate=0.2", device="cuda")
+
+
 @pytest.fixture(scope="module")
 def trained(toys, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("trained")
