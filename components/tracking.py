@@ -149,7 +149,7 @@ class Child:
 
         `example` is (1, M, T, V, 3) raw keypoints.
         """
-        known = self._model()
+        known = self.logged()
         if known:
             return known
         joints = len(meta.layout.joints)
@@ -175,8 +175,8 @@ class Child:
         self.tag("ffn.model", logged.model_uri)
         return str(logged.model_uri)
 
-    def _model(self) -> str | None:
-        """URI of the model that was logged: the tag's, or of one that a kill left whole but untagged."""
+    def logged(self) -> str | None:
+        """URI of the model that `model` logged, if it did: the tag's, or of one that a kill left whole but untagged."""
         run = self.client.get_run(self.id)
         if tagged := run.data.tags.get("ffn.model"):
             return str(tagged)

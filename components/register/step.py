@@ -8,12 +8,10 @@ from typing import Any
 
 from components import say, step, tracking
 from components.fuse.step import by_stream, read_fusion
-from components.train.step import example
 from ffn.checkpoint import Checkpoint, read_meta
 from ffn.config import digest
 from ffn.data.store import SkeletonSet
 from ffn.errors import FFNError
-from ffn.inference import write_fused
 
 
 @step
@@ -29,12 +27,8 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, name: str, parent: 
     skeletons = SkeletonSet.open(data)
     require_fit(skeletons, streams, fused, fusion)
     key = digest("register", meta.data_digest, meta.protocol, fusion["weights"], {s: m.key for s, (_, m) in streams.items()})
-    with (
-        tracking.child(parent, key=key, name=f"{meta.config.preset}/{meta.protocol}/register", kind="register") as track,
-        tempfile.TemporaryDirectory() as scratch,
-    ):
-        folder = write_fused(Path(scratch) / "fused", {s: path for s, (path, _) in streams.items()}, fusion["weights"])
-        model = track.model(folder, meta, example(skeletons, int(skeletons.split(meta.protocol).test[0])))
+    with tracking.child(parent, key=key, name=f"{meta.config.preset}/{meta.protocol}/register", kind="register") as track:
+        model = track.logged() or log(track, skeletons, streams, fusion["weights"])
         version = tracking.register(
             f"ffn-{meta.protocol}",
             model,
@@ -59,6 +53,20 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, name: str, parent: 
         track.metrics({"version": int(version.number)})
     say(f"{version.name} version {version.number}, alias challenger")
     return version.uri
+
+
+def log(
+    track: tracking.Child, data: SkeletonSet, streams: Mapping[str, tuple[Path, Checkpoint]], weights: Mapping[str, float]
+) -> str:
+    """Log the fusion of these checkpoints as a model; returns its URI."""
+    # Imported here: a model that was logged before is found without torch.
+    from components.train.step import example
+    from ffn.inference import write_fused
+
+    meta = next(iter(streams.values()))[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_fused(Path(scratch) / "fused", {stream: path for stream, (path, _) in streams.items()}, weights)
+        return track.model(folder, meta, example(data, int(data.split(meta.protocol).test[0])))
 
 
 def require_fit(data: SkeletonSet, streams: Mapping[str, tuple[Path, Checkpoint]], fused: Path, fusion: Mapping[str, Any]) -> None:
