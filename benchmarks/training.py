@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Size:
 
 CPU: dict[Scale, Size] = {
     "toy": Size(frames=16, batch=4, steps=2),
-    "quick": Size(frames=100, batch=8, steps=2),
+    "quick": Size(frames=100, batch=4, steps=2),
     "full": Size(frames=100, batch=8, steps=4),
 }
 GPU: dict[Scale, Size] = {
@@ -218,7 +219,7 @@ def _set(path: Path, count: int) -> SkeletonSet:
         for number in range(count + 1):  # and one to hold out
             shape = (1 + number % 3 // 2, int(rng.integers(40, 180)), 17)
             x = np.concatenate([rng.uniform(0, 1080, (*shape, 2)), rng.uniform(size=(*shape, 1))], -1).astype(np.float16)
-            part = "train" if number < count else "test"
+            part: Literal["train", "test"] = "train" if number < count else "test"
             writer.write(
                 Sample(id=f"{number}", label=number % count % CLASSES, keypoints=x, splits={"p": part}, image_size=(1920, 1080))
             )
@@ -265,6 +266,11 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _busy(step: Callable[[], None], steps: int = 20) -> float:
     """The part of the time in which a kernel runs on the GPU."""
+
+    def several() -> None:
+        for _ in range(steps):
+            step()
+
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
-        seconds = _seconds(lambda: [step() for _ in range(steps)])
-    return sum(event.self_device_time_total for event in recorded.key_averages()) / 1e6 / seconds
+        seconds = _seconds(several)
+    return float(sum(event.self_device_time_total for event in recorded.key_averages())) / 1e6 / seconds

@@ -44,15 +44,18 @@ def clip(sample: Annotation, length: int, draws: NDArray[np.float32]) -> NDArray
 def _frames(count: int, length: int, draws: NDArray[np.float32]) -> NDArray[np.int64]:
     steps = np.arange(length)
     if count < length:
-        return (int(draws[0] * np.float32(count)) + steps) % count
+        around: NDArray[np.int64] = (int(draws[0] * np.float32(count)) + steps) % count
+        return around
     if count < 2 * length:
         keys = draws[7 : 7 + length + 1]
         skipped = np.zeros(length + 1, int)
         skipped[np.argsort(keys)[: count - length]] = 1
-        return steps + np.cumsum(skipped)[:-1]
+        skipping: NDArray[np.int64] = steps + np.cumsum(skipped)[:-1]
+        return skipping
     bounds = steps * count // length
     sizes = (steps + 1) * count // length - bounds
-    return bounds + (draws[7 + length + 1 :] * sizes.astype(np.float32)).astype(int)
+    binned: NDArray[np.int64] = bounds + (draws[7 + length + 1 :] * sizes.astype(np.float32)).astype(int)
+    return binned
 
 
 class Clips(Dataset[tuple[Tensor, int]]):
