@@ -1,0 +1,1 @@
+"""What others do, written here plainly from its description: checked for equal output first, then timed."""
