@@ -55,6 +55,8 @@ class Row:
     """Median of the reference, measured in turn with ours."""
     target: float | None = None
     """The ratio that was asked for."""
+    limit: float | None = None
+    """The value that was asked for."""
 
     @property
     def ratio(self) -> float | None:
@@ -195,6 +197,7 @@ def table(rows: Iterable[Row]) -> str:
     lines.append(("---", "---", *["---:"] * 2, "---", *["---:"] * 5))
     for row in rows:
         ratio, target = (f"{x:.3g}x" if x is not None else "" for x in (row.ratio, row.target))
+        target = target or (_short(row.limit) if row.limit is not None else "")
         theirs = _short(row.reference_value) if row.reference_value is not None else ""
         numbers = (_short(row.value), _short(row.best), row.reference, theirs, ratio, target, str(row.repeats), str(row.threads))
         lines.append((row.name, row.unit, *numbers))

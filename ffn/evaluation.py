@@ -52,10 +52,9 @@ def predict(network: nn.Module, sampler: Sampler, rows: NDArray[np.int64]) -> ND
     device = sampler.keypoints.device
     batches = []
     for batch in torch.split(torch.from_numpy(rows), BATCH):
-        index = batch.to(device)
         total = torch.zeros((), device=device)
         for number in range(sampler.clip.test_clips):
-            clips = sampler.test_batch(index, number)
+            clips = sampler.test_batch(batch, number)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = network(clips)
             total = total + logits.float().softmax(1)

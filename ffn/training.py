@@ -249,7 +249,7 @@ def run_epoch(
     generator = torch.Generator().manual_seed(int(digest("epoch", recipe.seed, number), 16) >> 1)
     torch.manual_seed(generator.initial_seed())  # dropout
     order = torch.from_numpy(rows)[torch.randperm(len(rows), generator=generator)]
-    index, targets, draws = order.to(device), labels[order].to(device), sampler.draws(len(rows), generator)
+    targets, draws = labels[order].to(device), sampler.draws(len(rows), generator)
     steps = batches(np.arange(len(rows)), recipe)
     total, hits = torch.zeros((), device=device), torch.zeros((), device=device)
     network.train()
@@ -261,7 +261,7 @@ def run_epoch(
                 group["lr"] = rate
             team.batch, part = len(batch), team.part(len(batch))
             mine = slice(batch[0] + part.start, batch[0] + part.stop)
-            clips, target = sampler.train_clips(index[mine], draws[mine]), targets[mine]
+            clips, target = sampler.train_clips(order[mine], draws[mine]), targets[mine]
             with autocast(device):
                 logits = network(clips)
             share = len(target) / len(batch)
