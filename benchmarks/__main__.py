@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(harness.table(rows) + "\n", flush=True)
             if scale != "toy":
                 harness.record(path, group, scale, rows)
+                harness.picture(group, rows, asked.out)
             if asked.profile and (tables := harness.profile(group, scale)):
                 text = "\n".join(f"# {name}\n{table}" for name, table in tables.items())
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -165,12 +165,12 @@ def write_pickle(path: Path, samples: int) -> None:
 def _pickle_rows(folder: Path, scale: Scale) -> Iterator[Row]:
     source, out = folder / "set.pkl", folder / "set.arrow"
     write_pickle(source, SAMPLES[scale])
-    seconds, peak = _alone(_ingest, source, out)
+    seconds, peak = alone(ingest_pickle, source, out)
     yield measured("ingest of the pickle", [seconds], "s", limit=60.0)
     yield measured("ingest of the pickle, peak memory", [peak], "MB", limit=2000.0)
     repeats = min(REPEATS[scale], 5)
-    opened = [_alone(_open, out) for _ in range(repeats)]
-    loaded = [_alone(_load, source) for _ in range(min(repeats, 3))]
+    opened = [alone(open_set, out) for _ in range(repeats)]
+    loaded = [alone(load_pickle, source) for _ in range(min(repeats, 3))]
     load, cost = (float(np.median(column)) for column in zip(*loaded, strict=True))
     yield measured("opening the set", [ms for ms, _ in opened], "ms", limit=50.0, reference="pickle.load", reference_value=load)
     held = _together(_sample_all, out)
@@ -179,20 +179,20 @@ def _pickle_rows(folder: Path, scale: Scale) -> Iterator[Row]:
     )
 
 
-def _ingest(source: Path, out: Path) -> tuple[float, float]:
+def ingest_pickle(source: Path, out: Path) -> tuple[float, float]:
     """Seconds, and the most memory this process had, MB."""
     report = ingest(source, out)
     return report.seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _open(path: Path) -> tuple[float, float]:
+def open_set(path: Path) -> tuple[float, float]:
     """Milliseconds of opening, and the private memory it costs, MB."""
     before, began = _private(), time.perf_counter()
     data = SkeletonSet.open(path)
     return 1e3 * (time.perf_counter() - began), _holding(data) - before
 
 
-def _load(path: Path) -> tuple[float, float]:
+def load_pickle(path: Path) -> tuple[float, float]:
     before, began = _private(), time.perf_counter()
     with path.open("rb") as file:
         data = pickle.load(file)
@@ -224,7 +224,7 @@ def _private() -> float:
     return float(psutil.Process().memory_full_info().uss) / 2**20
 
 
-def _alone(work: Callable[..., Any], *arguments: Any) -> Any:
+def alone(work: Callable[..., Any], *arguments: Any) -> Any:
     """The result of `work` in a process of its own, whose memory and allocator are fresh."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()

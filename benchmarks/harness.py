@@ -3,7 +3,7 @@
 A group is a module beside this one with `run(scale) -> Iterator[Row]`. It first checks that both ways give the same output
 (`require_close`), then times them in turn (`compare`), so that a machine that slows down slows both. At scale `toy` a group
 does all of it in seconds: that is what the tests run. It may have `workloads(scale) -> Mapping[str, Callable]`, which
-`--profile` puts under torch's profiler.
+`--profile` puts under torch's profiler, and `draw(rows, path)`, which makes a picture of its rows.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def compare(
     `their_work` (default: as many) per call of `theirs`.
     """
     ours(), theirs()
-    pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(repeats)]
+    pairs = [(timed(ours), timed(theirs)) for _ in range(repeats)]
     mine, others = zip(*pairs, strict=True)
     convert = _converter(unit, work)
     return Row(
@@ -163,6 +163,16 @@ def profile(group: str, scale: Scale) -> dict[str, str]:
     return tables
 
 
+def picture(group: str, rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Let the group draw its rows, if it has a `draw(rows, path)`, into a file of this machine's in `folder`."""
+    draw = getattr(_module(group), "draw", None)
+    if draw is None:
+        return []
+    path = result_path(folder).with_suffix(f".{group}.svg")
+    draw(rows, path)
+    return [path]
+
+
 def machine() -> dict[str, Any]:
     """What decides the numbers, without the machine's name."""
     facts: dict[str, Any] = {"cpu": _cpu(), "cores": _cores(), "python": platform.python_version(), "torch": torch.__version__}
@@ -214,7 +224,8 @@ def _module(group: str) -> Any:
     return importlib.import_module(f"benchmarks.{group}")
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
     gc.collect()
     synchronize()
     began = time.perf_counter()
