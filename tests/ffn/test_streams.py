@@ -65,6 +65,30 @@ def test_a_clip_does_not_depend_on_its_batch(tmp_path):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("space", ["2d", "3d"])
+def test_clips_made_in_parts_are_those_made_at_once(tmp_path, monkeypatch, space):
+    made = Sampler.of(write_set(tmp_path / "set.arrow", recordings(space), space), "bm", ClipConfig(frames=20, rotate=0.3))
+    index, draws = torch.arange(12), torch.rand(12, 48, generator=torch.Generator().manual_seed(0))
+    whole = made.train_clips(index, draws)
+    monkeypatch.setattr("ffn.data.sampler.PART", 5)
+    torch.testing.assert_close(made.train_clips(index, draws), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_joints_that_are_missing_stay_so(stream):
+    """A joint at zero, minus zero included, is zero in a joint clip and as if at the origin in the others."""
+    x = np.random.default_rng(0).normal(size=(2, 9, 25, 3)).astype(np.float16) + np.float16(3)
+    x[:, 3:5, 7] = 0
+    x[:, 4, 8] = -0.0
+    x[1, 6:] = 0
+    sampler = Sampler.of_arrays([x], layout=NTU25, space="3d", stream=stream, clip=ClipConfig(frames=9, test_clips=1))
+    got = sampler.test_batch(torch.tensor([0]), 0)[0].numpy()
+    np.testing.assert_allclose(got, expected_clip(x, "3d", stream, range(9)), atol=2e-5)
+    if stream == "j":
+        assert not got[:, 3:5, 7].any()
+        assert not got[1, 6:].any()
+
+
 def test_arrays_and_sets_give_the_same_clips(tmp_path):
     arrays = recordings("2d")
     data = write_set(tmp_path / "set.arrow", arrays, "2d")

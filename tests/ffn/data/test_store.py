@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -63,6 +65,18 @@ def test_writing_into_the_keypoints_leaves_the_file_alone(tmp_path, samples):
     write(tmp_path / "set.arrow", samples)
     SkeletonSet.open(tmp_path / "set.arrow").keypoints[:] = 0
     assert SkeletonSet.open(tmp_path / "set.arrow").keypoints.any()
+
+
+def test_opening_imports_no_pandas(tmp_path, samples):
+    """Arrow's conversions to and from Python do, which costs every process half a second and tens of megabytes."""
+    write(tmp_path / "set.arrow", samples)
+    code = """
+import sys
+from ffn.data.store import SkeletonSet
+SkeletonSet.open(sys.argv[1]).split("p")
+sys.exit("pandas" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "set.arrow")], check=True)
 
 
 def test_split_counts_its_own_classes(tmp_path, samples):
