@@ -65,40 +65,51 @@ class SpatialShift(nn.Module):
         super().__init__()
         self.alpha = alpha
         joint, channel = torch.arange(joints)[:, None], torch.arange(in_channels)
-        self.register_buffer("source", (joint + channel) % joints, persistent=False)  # (V, C_in)
-        self.register_buffer("target", (joint - channel) % joints, persistent=False)  # its inverse
+        source, target = (joint + channel) % joints, (joint - channel) % joints  # (V, C_in), one the other's inverse
+        self.register_buffer("source", (source * in_channels + channel).view(-1), persistent=False)
+        self.register_buffer("target", (target * in_channels + channel).view(-1), persistent=False)
         self.mask = nn.Parameter(torch.zeros(joints, in_channels))
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         nn.init.normal_(self.conv.weight, 0, math.sqrt(1 / out_channels))
         self.norm = nn.BatchNorm1d(joints * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x_btvc = x.permute(0, 2, 3, 1)
-        b, t, v, _ = x_btvc.shape
-        shifted: Tensor = _Permute.apply(x_btvc, self.source, self.target)  # type: ignore[no-untyped-call]
-        y = (shifted - self.alpha * x_btvc) * (torch.tanh(self.mask) + 1)
-        y = self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        b, c, t, v = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(b * t, v * c)
+        mask = (torch.tanh(self.mask) + 1).to(x.dtype).view(-1)
+        if self.training:
+            y: Tensor = _Shift.apply(rows, mask, self.alpha, self.source, self.target)  # type: ignore[no-untyped-call]
+        else:
+            y = _difference(rows, self.alpha, self.source) * mask
+        y = self.conv(y.view(b, t, v, c).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         normal: Tensor = self.norm(y.reshape(b * t, -1))  # (B·T, V·C)
         return normal.view(b, t, v, -1).permute(0, 3, 1, 2)
 
 
-class _Permute(torch.autograd.Function):
-    """`_permuted` with a gather for its gradient: autograd's own scatters, which is slow where it has to be reproducible."""
+class _Shift(torch.autograd.Function):
+    """(X - alpha X0) M on rows of V·C, with a gather for the gradient of its gather.
+
+    Autograd's own scatters, which is slow where it has to be reproducible; and every pass over the features that can be is in
+    place here.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        ctx.save_for_backward(target)
-        return _permuted(x, source)
+    def forward(ctx: Any, x: Tensor, mask: Tensor, alpha: float, source: Tensor, target: Tensor) -> Tensor:
+        difference = _difference(x, alpha, source)
+        ctx.save_for_backward(difference, mask, target)
+        ctx.alpha = alpha
+        return difference * mask
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (target,) = ctx.saved_tensors
-        return _permuted(grads[0], target), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        difference, mask, target = ctx.saved_tensors
+        masked = grads[0] * mask
+        return _difference(masked, ctx.alpha, target), (grads[0] * difference).sum(0), None, None, None
 
 
-def _permuted(x: Tensor, source: Tensor) -> Tensor:
-    """(B, T, V, C) with joint v of channel c taken from joint source[v, c]."""
-    return x.gather(2, source.expand(x.shape))
+def _difference(x: Tensor, alpha: float, index: Tensor) -> Tensor:
+    """(R, V·C) rows with their values rearranged by `index`, less alpha times the rows as they are."""
+    return x.index_select(1, index).sub_(x, alpha=alpha)
 
 
 def aggregate(x: Tensor, adjacency: Tensor) -> Tensor:

@@ -52,12 +52,13 @@ class MSFTCN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[1] // 8
-        *groups, to_max, to_mean = self.enter(x[:, : 7 * width]).chunk(7, 1)
+        to_enter, to_point = x.split([7 * width, width], 1)
+        *groups, to_max, to_mean = self.enter(to_enter).chunk(7, 1)
         branches: list[Tensor] = []
         for conv, group in zip(self.dilated, groups, strict=True):
             y = conv(group)
             branches.append(y + branches[-1] if branches else y)
-        branches += [self.max_pool(to_max), self.mean_pool(to_mean), self.point(x[:, 7 * width :])]
+        branches += [self.max_pool(to_max), self.mean_pool(to_mean), self.point(to_point)]
         fused: Tensor = self.fuse(torch.cat(branches, 1))
         return fused
 
