@@ -36,7 +36,7 @@ def alignment(first: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     A layout without spine or shoulders is centred on its centre joint and not turned.
     """
     origin = first[:, layout.spine[1] if layout.spine else layout.center]
-    turn = torch.eye(3, dtype=first.dtype, device=first.device).expand(len(first), 3, 3)
+    turn = torch.eye(3, dtype=first.dtype, device=first.device).expand(first.shape[0], 3, 3)
     present = (first != 0).any(-1, keepdim=True)
     centered = (first - origin[:, None]) * present
     for bone, axis in ((layout.spine, 2), (layout.shoulders, 0)):
