@@ -7,7 +7,6 @@ are all part of it. Batch-norms are folded into the convolutions around them. It
 """
 
 import copy
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -24,24 +23,27 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import ffn
 from ffn import streams
-from ffn.checkpoint import Checkpoint, publishing_folder
+from ffn.checkpoint import Checkpoint, publishing_folder, require_replaceable
 from ffn.data.sampler import TEST_SEED, frame_numbers
 from ffn.errors import FFNError
-from ffn.inference import FusedModel
+from ffn.inference import FusedModel, with_clips
 from ffn.model.attention import AFF
 from ffn.model.rivals.common import PersonNorm
 from ffn.model.spatial import ESFGCN, GCN
 from ffn.model.temporal import TCN
 
 Format = Literal["onnx", "torch"]
-FORMATS: tuple[Format, ...] = ("onnx", "torch")
+FILES: dict[Format, tuple[str, ...]] = {
+    "onnx": ("model.onnx", "model.json", "recogniser.py"),
+    "torch": ("model.pt2", "model.json"),
+}
 OPSET = 20
 TOLERANCE = 1e-4
 """Largest difference of a probability between the export and the model it was made of."""
 
 
 def export(model: FusedModel, out: Path | str, *, format: Format = "onnx", clips: int = 1) -> Path:
-    """Write `model` to the folder `out`, published whole: `model.onnx` or `model.pt2`, `model.json`, `recogniser.py` (onnx).
+    """Write `model` to the folder `out`, published whole: the file itself, `model.json` about it, for ONNX `recogniser.py`.
 
     `clips` test clips per recording are averaged; a recording of as many frames as a clip gives the same clip every time.
     `onnx`: ONNX Runtime and every other engine that reads ONNX. `torch`: a program of torch.export, for torch and its
@@ -53,6 +55,7 @@ def export(model: FusedModel, out: Path | str, *, format: Format = "onnx", clips
         raise FFNError(f"export to ONNX needs {', '.join(missing)}: pip install 'ffn-skeleton[export]', or --format torch")
     if clips < 1:
         raise FFNError(f"export with clips={clips}: expected at least 1")
+    require_replaceable(Path(out), FILES[format])
     model = with_clips(model, clips)
     about = json.dumps(description(model), indent=1)
     with publishing_folder(Path(out)) as partial, warnings.catch_warnings():
@@ -60,9 +63,7 @@ def export(model: FusedModel, out: Path | str, *, format: Format = "onnx", clips
         (partial / "model.json").write_text(about)
         program = traced(model)
         if format == "onnx":
-            written = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, output_names=["probabilities"], verbose=False
-            )
+            written = torch.onnx.export(program, dynamo=True, opset_version=OPSET, output_names=["probabilities"], verbose=False)
             assert written is not None
             written.model.metadata_props["ffn"] = about
             written.model.graph.name = "ffn"
@@ -72,16 +73,6 @@ def export(model: FusedModel, out: Path | str, *, format: Format = "onnx", clips
             torch.export.save(program, partial / "model.pt2", extra_files={"model.json": about})
         require_parity(model, partial)
     return Path(out)
-
-
-def with_clips(model: FusedModel, clips: int) -> FusedModel:
-    """`model` with another number of test clips."""
-
-    def changed(meta: Checkpoint) -> Checkpoint:
-        clip = dataclasses.replace(meta.config.clip, test_clips=clips)
-        return dataclasses.replace(meta, config=dataclasses.replace(meta.config, clip=clip))
-
-    return dataclasses.replace(model, streams={name: (changed(meta), net) for name, (meta, net) in model.streams.items()})
 
 
 def description(model: FusedModel) -> dict[str, Any]:
@@ -120,7 +111,9 @@ def require_parity(model: FusedModel, folder: Path) -> None:
     for x, p in zip(recordings, expected, strict=True):
         difference = float(np.abs(run(folder, x[None], size)[0] - p).max())
         if not difference <= TOLERANCE:
-            raise FFNError(f"{folder}: the export differs from the model by {difference:.1e}; this is a fault of ffn or its packages")
+            raise FFNError(
+                f"{folder}: the export differs from the model by {difference:.1e}; this is a fault of ffn or its packages"
+            )
 
 
 def run(folder: Path, keypoints: NDArray[np.float32], image_size: tuple[int, int]) -> NDArray[np.float32]:
@@ -193,19 +186,16 @@ class Recognition(nn.Module):
         return total
 
     def arranged(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What ingestion keeps of `x` (N, M, L, V, 3): main person first, the kept frames' numbers first in (N, L), their count (N,).
+        """What ingestion keeps of `x` (N, M, L, V, 3): main person first, other frames zero; frame numbers; count of frames (N,).
 
-        Frames that are not kept are zeros. Source: `ffn.data.persons`.
+        The numbers (N, L) of the frames that are kept come first. Source: `ffn.data.persons`.
         """
         time = torch.arange(x.shape[2], device=x.device)
         seen = _seen(x)
         rank = seen.sum(2) if self.space == "3d" else seen.any(2).long()
         x = torch.where((rank[:, -1] > rank[:, 0])[:, None, None, None, None], x.flip(1), x)
         seen = _seen(x)
-        if self.space == "3d":
-            kept = seen[:, 0]
-        else:
-            kept = time < ((time + 1) * seen.any(1)).amax(1, keepdim=True)
+        kept = seen[:, 0] if self.space == "3d" else time < ((time + 1) * seen.any(1)).amax(1, keepdim=True)
         order = torch.where(kept, time, time + x.shape[2]).argsort(1)
         return x * kept[:, None, :, None, None], order, kept.sum(1).clamp_min(1)
 
@@ -262,7 +252,10 @@ def folded(network: nn.Module) -> nn.Module:
 
     In it features are (B, C, T, V) in that order in memory, the order ONNX Runtime's convolutions take.
     """
-    return _fold(copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format))
+    network = copy.deepcopy(network).eval()
+    for parameter in network.parameters():
+        parameter.data = parameter.data.contiguous()
+    return _fold(network)
 
 
 def _fold(module: nn.Module) -> nn.Module:

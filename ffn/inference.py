@@ -1,5 +1,6 @@
 """Inference: raw keypoints of a recording in, class probabilities out, preprocessing inside."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import nn
 
 from ffn import checkpoint
 from ffn.checkpoint import Checkpoint, publishing_folder, read_meta
+from ffn.config import FUSIONS, STREAMS
 from ffn.data.readers.source import arrange, check_finite
 from ffn.data.sampler import Sampler
 from ffn.errors import FFNError
@@ -35,6 +37,21 @@ class FusedModel:
         except (OSError, ValueError) as error:
             raise FFNError(f"{folder}: not a fused model ({error}); expected fusion.json and a checkpoint per stream") from None
         return cls(streams={stream: checkpoint.load(folder / stream) for stream in weights}, weights=weights)
+
+    @classmethod
+    def of(cls, checkpoints: Sequence[Path | str]) -> Self:
+        """The model of one stream's checkpoint, or of two or four streams' with the paper's weights, on the CPU.
+
+        Raises `FFNError` where they are not of one protocol, data set and set of classes, or no fusion of the paper's.
+        """
+        metas = {read_meta(folder).stream: Path(folder) for folder in checkpoints}
+        known = [{stream: 1.0} for stream in STREAMS] + list(FUSIONS.values())
+        weights = next((fusion for fusion in known if set(fusion) == set(metas)), None)
+        if weights is None or len(metas) < len(checkpoints):
+            expected = ", or ".join(" ".join(fusion) for fusion in FUSIONS.values())
+            raise FFNError(f"checkpoints of streams {' '.join(metas)}: expected one stream, or {expected}, one checkpoint each")
+        require_together(metas)
+        return cls(streams={stream: checkpoint.load(metas[stream]) for stream in weights}, weights=weights)
 
     @property
     def meta(self) -> Checkpoint:
@@ -73,6 +90,24 @@ class FusedModel:
         return arrange(clip, self.meta.space, where).astype(np.float16).astype(np.float32)
 
 
+def with_clips(model: FusedModel, clips: int) -> FusedModel:
+    """`model` with another number of test clips."""
+
+    def changed(meta: Checkpoint) -> Checkpoint:
+        clip = dataclasses.replace(meta.config.clip, test_clips=clips)
+        return dataclasses.replace(meta, config=dataclasses.replace(meta.config, clip=clip))
+
+    return dataclasses.replace(model, streams={name: (changed(meta), net) for name, (meta, net) in model.streams.items()})
+
+
+def windows(frames: int, window: int, every: int) -> list[tuple[int, int]]:
+    """First frame and frame after the last of the windows over `frames`, one begun `every` so many frames.
+
+    Only whole windows; a recording shorter than one is a window of its own.
+    """
+    return [(start, start + window) for start in range(0, frames - window + 1, every)] or [(0, frames)]
+
+
 def write_fused(folder: Path | str, checkpoints: Mapping[str, Path], weights: Mapping[str, float]) -> Path:
     """Gather the checkpoints of `weights`' streams in one folder, published whole.
 
@@ -81,7 +116,17 @@ def write_fused(folder: Path | str, checkpoints: Mapping[str, Path], weights: Ma
     absent = [stream for stream in weights if stream not in checkpoints]
     if absent:
         raise FFNError(f"fused model: no checkpoint of stream {', '.join(absent)}")
-    metas = {stream: read_meta(checkpoints[stream]) for stream in weights}
+    require_together({stream: checkpoints[stream] for stream in weights})
+    with publishing_folder(Path(folder)) as partial:
+        for stream in weights:
+            shutil.copytree(checkpoints[stream], partial / stream)
+        (partial / "fusion.json").write_text(json.dumps(dict(weights)))
+    return Path(folder)
+
+
+def require_together(checkpoints: Mapping[str, Path]) -> None:
+    """Raise `FFNError` naming the checkpoint that is not of its stream, or not of the others' protocol, data and classes."""
+    metas = {stream: read_meta(folder) for stream, folder in checkpoints.items()}
     first = next(iter(metas.values()))
     for stream, meta in metas.items():
         if meta.stream != stream:
@@ -89,8 +134,3 @@ def write_fused(folder: Path | str, checkpoints: Mapping[str, Path], weights: Ma
         for what in ("protocol", "data_digest", "classes", "layout", "space"):
             if getattr(meta, what) != getattr(first, what):
                 raise FFNError(f"{checkpoints[stream]}: its {what} differs from that of the other streams")
-    with publishing_folder(Path(folder)) as partial:
-        for stream in weights:
-            shutil.copytree(checkpoints[stream], partial / stream)
-        (partial / "fusion.json").write_text(json.dumps(dict(weights)))
-    return Path(folder)

@@ -12,11 +12,13 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 
 class Recogniser:
@@ -51,12 +53,17 @@ class Recogniser:
     def over_time(
         self, recording: NDArray[np.floating[Any]], every: int, image_size: tuple[int, int] | None = None
     ) -> Iterator[tuple[int, int, NDArray[np.float32] | None]]:
-        """First frame, frame after the last, and (K,) probabilities of each of `windows`; None where nobody is seen."""
-        for start, stop in windows(recording.shape[1], self.window, every):
-            part = recording[:, start:stop]
-            yield start, stop, self.probabilities([part], image_size)[0] if part[:2].any() else None
+        """First frame, frame after the last and (K,) probabilities of every window of a clip's length; None where nobody is seen.
 
-    def _feed(self, number: int, x: NDArray[np.floating[Any]], image_size: tuple[int, int] | None) -> dict[str, NDArray[np.float32]]:
+        A window begins `every` so many frames; a recording shorter than one is a window of its own.
+        """
+        for start in range(0, max(recording.shape[1] - self.window, 0) + 1, every):
+            part = recording[:, start : start + self.window]
+            yield start, start + part.shape[1], self.probabilities([part], image_size)[0] if part[:2].any() else None
+
+    def _feed(
+        self, number: int, x: NDArray[np.floating[Any]], image_size: tuple[int, int] | None
+    ) -> dict[str, NDArray[np.float32]]:
         joints = len(self.about["joints"])
         x = np.asarray(x, np.float32)[:2]
         if x.ndim != 4 or x.shape[2:] != (joints, 3) or not x.size:
@@ -71,25 +78,19 @@ class Recogniser:
         return feed
 
     @functools.cached_property
-    def _alone(self) -> onnxruntime.InferenceSession:
+    def _alone(self) -> "InferenceSession":
         return self._session(1)
 
     @functools.cached_property
-    def _together(self) -> onnxruntime.InferenceSession:
+    def _together(self) -> "InferenceSession":
         return self._session(self.threads)
 
-    def _session(self, threads: int) -> onnxruntime.InferenceSession:
+    def _session(self, threads: int) -> "InferenceSession":
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         return onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
-
-
-def windows(frames: int, window: int, every: int) -> list[tuple[int, int]]:
-    """First frame and frame after the last of the windows over `frames`, one begun `every` so many frames.
-
-    Only whole windows; a recording shorter than one is a window of its own.
-    """
-    return [(start, start + window) for start in range(0, frames - window + 1, every)] or [(0, frames)]
 
 
 def main() -> None:

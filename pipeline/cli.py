@@ -140,10 +140,17 @@ def parser() -> argparse.ArgumentParser:
 
     added = verb(predict, "the top classes of one .skeleton file")
     added.add_argument("file", type=Path, metavar="FILE.skeleton")
+    _model(added)
     which = added.add_mutually_exclusive_group()
-    which.add_argument("--model", default="", metavar="ffn-PROTOCOL", help="its champion; not needed where there is one model only")
-    which.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="one stream's checkpoint instead of a champion")
-    added.add_argument("--top", type=int, default=5)
+    which.add_argument("--top", type=int, default=5)
+    which.add_argument("--every", type=int, metavar="FRAMES", help="the top class of every window, one begun every so many frames")
+    _workspace(added)
+
+    added = verb(export, "a model as one file: ONNX, or a program of torch.export")
+    _model(added)
+    added.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    added.add_argument("--format", choices=("onnx", "torch"), default="onnx")
+    added.add_argument("--clips", type=int, default=1, help="clips per recording that are averaged; default 1, evaluation takes 10")
     _workspace(added)
     return root
 
@@ -377,14 +384,30 @@ def rollback(given: argparse.Namespace) -> None:
 
 
 def predict(given: argparse.Namespace) -> None:
-    """Print the most probable classes of one recording, by the champion or a checkpoint."""
+    """Print the most probable classes of one recording, or of every window of a long one, by the champion or by checkpoints."""
+    from pipeline import predict as model
     from pipeline.local import workspace
-    from pipeline.predict import top
 
-    for name, probability in top(
-        given.file, model=given.model, checkpoint=given.checkpoint, count=given.top, workspace=workspace(given.workspace)
-    ):
+    if given.every is not None and given.every < 1:
+        raise FFNError(f"--every {given.every}: expected at least 1 frame")
+    fused = model.load(given.model, given.checkpoint, workspace(given.workspace))
+    recording = model.read(given.file, fused)
+    if given.every:
+        for start, stop, name, probability in model.over_time(fused, recording, given.every):
+            print(f"{start:6d} {stop:6d}  {100 * probability:5.1f} %  {name}")
+        return
+    for name, probability in model.top(fused, recording, given.top):
         print(f"{100 * probability:5.1f} %  {name}")
+
+
+def export(given: argparse.Namespace) -> None:
+    """Write a model as one file, preprocessing and fusion inside, that runs without this package (see docs/export.md)."""
+    from ffn.export import export as write
+    from pipeline.local import workspace
+    from pipeline.predict import load
+
+    fused = load(given.model, given.checkpoint, workspace(given.workspace))
+    print(write(fused, given.out, format=given.format, clips=given.clips))
 
 
 def _graph(added: argparse.ArgumentParser) -> None:
@@ -414,6 +437,19 @@ def _settings(added: argparse.ArgumentParser) -> None:
 def _space(added: argparse.ArgumentParser) -> None:
     added.add_argument(
         "--space", choices=("3d", "2d"), default="3d", help="what to take from .skeleton files: metres or colour pixels"
+    )
+
+
+def _model(added: argparse.ArgumentParser) -> None:
+    which = added.add_mutually_exclusive_group()
+    which.add_argument("--model", default="", metavar="ffn-PROTOCOL", help="its champion; not needed where there is one model only")
+    which.add_argument(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FOLDER",
+        help="instead: a stream's checkpoint, or several to be fused",
     )
 
 

@@ -16,7 +16,7 @@ from pipeline import local
 from pipeline.cli import main
 from pipeline.local import Steps, Workspace, alone, last_line, workspace
 from pipeline.local import run as run_here
-from pipeline.predict import top
+from pipeline.predict import load
 
 TINY = ["training.epochs=1", "training.batch_size=8", "model.width=8", "model.depths=1", "clip.frames=8", "clip.test_clips=1"]
 SETTINGS = [part for setting in TINY for part in ("--set", setting)]
@@ -65,6 +65,9 @@ def test_every_step_runs_alone_on_paths(
     assert len(lines) == 3
     shares = [float(line.split("%")[0]) for line in lines]
     assert shares == sorted(shares, reverse=True)
+    assert main(["predict", str(next(raw.glob("*.skeleton"))), "--checkpoint", "j", "b", "--every", "20"]) == 0
+    spans = [tuple(map(int, line.split()[:2])) for line in capsys.readouterr().out.splitlines()]
+    assert spans == [(start, start + 8) for start in range(0, spans[-1][1], 20)]
     assert not (tmp_path / "workspace" / "mlflow.db").exists()
 
 
@@ -194,6 +197,6 @@ def test_one_of_several_champions_is_to_be_chosen(tmp_path: Path, monkeypatch: p
         tracking, "version", lambda name, alias: None if name == "ffn-r" else tracking.Version(name=name, number="1", tags={})
     )
     with pytest.raises(FFNError, match=r"2 champions: ffn-p, ffn-q; choose one with --model$"):
-        top(tmp_path / "x.skeleton", model="", checkpoint=None, count=1, workspace=Workspace(root=tmp_path))
+        load("", (), Workspace(root=tmp_path))
     with pytest.raises(FFNError, match="ffn-r: no champion; registered models: ffn-p, ffn-q, ffn-r"):
-        top(tmp_path / "x.skeleton", model="ffn-r", checkpoint=None, count=1, workspace=Workspace(root=tmp_path))
+        load("ffn-r", (), Workspace(root=tmp_path))
