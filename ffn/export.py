@@ -325,7 +325,7 @@ class FoldedESFGCN(nn.Module):
         mask = torch.tanh(gcn.shift.mask) + 1  # (V, C_in)
         joints, channels = mask.shape
         joint, channel = torch.arange(joints)[:, None], torch.arange(channels)
-        shift = torch.zeros(channels, joints, joints)
+        shift = mask.new_zeros(channels, joints, joints)
         shift[channel, gcn.shift.source, joint] += mask
         shift[channel, joint, joint] -= gcn.shift.alpha * mask
         self.shift = nn.Buffer(shift)
