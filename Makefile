@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench check-k8s clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -25,6 +25,14 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+# The manifests and CI files under checkers too heavy for every test run: checkov and zizmor in an environment of their own.
+check-k8s: $(READY)
+	test -x .venv/check/bin/checkov || { $(PYTHON) -m venv .venv/check && .venv/check/bin/pip install --quiet --disable-pip-version-check checkov zizmor; }
+	$(BIN)/yamllint k8s compose.yaml .github
+	mkdir -p .venv/rendered && for overlay in k8s/overlays/*; do kubectl kustomize $$overlay > .venv/rendered/$$(basename $$overlay).yaml || exit 1; done
+	.venv/check/bin/checkov --directory .venv/rendered --framework kubernetes --quiet --compact --skip-download
+	.venv/check/bin/zizmor --offline .github/workflows
 
 clean:
 	rm -rf .venv .ffn

@@ -1,0 +1,37 @@
+"""Before MLflow's server starts: migrate its tables and its accounts' tables, and make the accounts of its clients.
+
+Any number of these may start at once: they take turns by a lock in the database. The accounts are those of
+`MLFLOW_CLIENTS` (`name:password,name:password`); a changed password is taken over.
+"""
+
+import os
+import subprocess
+import sys
+
+import psycopg
+from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+LOCK = 0x66666E  # any number that nothing else in this database locks
+
+
+def main() -> None:
+    uri = os.environ["MLFLOW_BACKEND_STORE_URI"]
+    with psycopg.connect("", autocommit=True, connect_timeout=10) as connection:
+        connection.execute("SELECT pg_advisory_lock(%s)", (LOCK,))
+        subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", uri], check=True)
+        accounts = SqlAlchemyStore()
+        accounts.init_db(uri)  # migrates them too
+        for client in filter(None, os.environ.get("MLFLOW_CLIENTS", "").split(",")):
+            name, _, password = client.partition(":")
+            if not accounts.has_user(name):
+                accounts.create_user(name, password)
+            elif not accounts.authenticate_user(name, password):
+                accounts.update_user(name, password=password)
+    print("prepared: tables migrated, accounts made", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except psycopg.OperationalError as error:
+        sys.exit(f"PostgreSQL at {os.environ.get('PGHOST', 'localhost')} does not answer: {error}")
