@@ -5,10 +5,10 @@ Any number of these may start at once: they take turns by a lock in the database
 """
 
 import os
-import subprocess
 import sys
 
 import psycopg
+from mlflow import db
 from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
 LOCK = 0x66666E  # any number that nothing else in this database locks
@@ -18,7 +18,7 @@ def main() -> None:
     uri = os.environ["MLFLOW_BACKEND_STORE_URI"]
     with psycopg.connect("", autocommit=True, connect_timeout=10) as connection:
         connection.execute("SELECT pg_advisory_lock(%s)", (LOCK,))
-        subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", uri], check=True)
+        db.upgrade.callback(uri)  # the command `mlflow db upgrade`
         accounts = SqlAlchemyStore()
         accounts.init_db(uri)  # migrates them too
         for client in filter(None, os.environ.get("MLFLOW_CLIENTS", "").split(",")):

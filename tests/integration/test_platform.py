@@ -1,0 +1,188 @@
+"""The pipeline against PostgreSQL, an S3 server and MLflow with accounts, broken in the middle, restored from a dump."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException, RestException
+
+from ffn.data.synth import write_ntu
+from pipeline.serving import champion
+from tests.integration.parts import ROOT, Parts, free_port, parts, until_open
+from tests.k8s.conftest import K8S, containers, env_file, named, pod, render
+
+MODEL = "ffn-ntu60-xsub"
+SETTINGS = (
+    "training.epochs=1", "training.batch_size=4", "model.width=8", "model.depths=1", "clip.frames=8", "clip.test_clips=1",
+)  # fmt: skip
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Parts]:
+    """The parts, prepared by two pods at once, as two replicas do it, with MLflow's server."""
+    with parts() as here:
+        starting = [
+            subprocess.Popen(
+                here.command("prepare"), env=here.environment("prepare"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            for _ in range(2)
+        ]
+        for process in starting:
+            said = process.communicate(timeout=120)[0].decode()
+            assert process.returncode == 0, said
+            assert said.splitlines()[-1] == "prepared: tables migrated, accounts made"
+        here.start("mlflow")
+        yield here
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("platform")
+    write_ntu(root / "raw", repeats=2)
+    return root
+
+
+def ffn(place: Path, platform: Parts, *, until: str = "", account: str = "pipeline") -> tuple[int, str, str]:
+    """`ffn run` with the platform's MLflow: exit status, stdout, stderr. At the line `until` the S3 server is killed."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "FFN_"))}
+    command = [
+        sys.executable, "-m", "pipeline.cli", "run", "--data", str(place / "raw"), "--workspace", str(place / "workspace"),
+        "--protocols", "ntu60-xsub", "--streams", "j,b", *(part for setting in SETTINGS for part in ("--set", setting)),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**clean, **platform.client(account), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if until and re.search(until, line):
+            platform.stop("s3")
+            break
+    out, err = process.communicate(timeout=300)
+    return process.returncode, "".join(seen) + out, err
+
+
+def client(platform: Parts, monkeypatch: pytest.MonkeyPatch, account: str = "pipeline") -> MlflowClient:
+    for name, value in platform.client(account).items():
+        monkeypatch.setenv(name, value)
+    return MlflowClient(platform.uri)
+
+
+def test_a_store_that_breaks_in_mid_run_is_named_and_the_same_command_goes_on(
+    platform: Parts, recordings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, err = ffn(recordings, platform, until=r"^ingest +done")
+    assert status == 1, out
+    (line,) = err.splitlines()
+    assert re.match(r"ffn: error: step \S+ ntu60-xsub\S* failed \(exit status 1\): .*mlflow-artifacts", line), line
+    platform.start("s3")
+    status, out, err = ffn(recordings, platform)
+    assert (status, err) == (0, "")
+    assert re.search(r"^ingest +cached$", out, re.MULTILINE)
+    mlflow = client(platform, monkeypatch)
+    (parent,) = mlflow.search_runs([mlflow.get_experiment_by_name("ffn").experiment_id], "attributes.run_name LIKE 'S4-%'")
+    assert parent.info.status == "FINISHED"
+    assert mlflow.get_model_version_by_alias(MODEL, "champion").version == "1"
+    assert {"model.safetensors", "MLmodel", "results.md"} <= {Path(key).name for key in stored(platform)}
+
+
+def test_the_served_champion_predicts(platform: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of the serving pods: download with the account of theirs, serve without any, probe."""
+    made = pod(named(render(K8S / "overlays" / "prod"), "Deployment", "serving"))
+    assert made
+    download, server = containers(made[1])
+    folder, port = platform.root / "model", free_port()
+    folder.mkdir()
+    variables = {entry["name"]: entry["value"] for entry in server["env"] if "value" in entry} | {"MLFLOW_PORT": str(port)}
+
+    def here(command: list[str]) -> list[str]:
+        return [word.replace("/model", str(folder)).replace(":8080", f":{port}") for word in command]
+
+    base = {"PATH": platform.environment("mlflow")["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(platform.root)}
+    settings = base | env_file(K8S / "components/serving/serving.env") | platform.client("serving")
+    missing = subprocess.run(here(download["command"]), env={**settings, "MODEL_VERSION": ""}, capture_output=True, text=True)
+    assert (missing.returncode, missing.stderr) == (1, f"no champion of {MODEL} is served yet: promote one\n")
+    subprocess.run(here(download["command"]), env={**settings, "MODEL_VERSION": "1"}, check=True, capture_output=True)
+
+    log = platform.root / "serving.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            here(server["command"]),
+            env={**base, **variables, "HOME": str(platform.root)},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    platform.running["serving"] = process
+    probe = here(server["readinessProbe"]["exec"]["command"])
+    assert subprocess.run(probe, env=base, capture_output=True).returncode == 2
+    until_open(port, process, log)
+    ready = subprocess.run(probe, env=base, capture_output=True, text=True)
+    assert (ready.returncode, ready.stderr) == (0, ""), log.read_text()
+    platform.stop("serving")
+
+
+def test_accounts_part_what_their_holders_may_do(platform: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = client(platform, monkeypatch, "serving")
+    (run, *_) = mlflow.search_runs([mlflow.get_experiment_by_name("ffn").experiment_id])
+    with pytest.raises((MlflowException, RestException), match=r"(?i)permission denied|403"):
+        mlflow.set_tag(run.info.run_id, "mine", "now")
+    with pytest.raises((MlflowException, RestException), match=r"(?i)permission denied|403"):
+        mlflow.set_registered_model_alias(MODEL, "champion", "1")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another")
+    with pytest.raises(MlflowException, match=r"(?i)401|not authenticated"):
+        mlflow.search_experiments()
+
+
+def test_a_database_that_breaks_is_named_and_taken_up_again(platform: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = client(platform, monkeypatch)
+    run = mlflow.create_run(mlflow.get_experiment_by_name("ffn").experiment_id)
+    platform.stop("postgres")
+    with pytest.raises(MlflowException, match="503"):
+        mlflow.log_param(run.info.run_id, "seed", 1)
+    platform.start("postgres")
+    mlflow.log_param(run.info.run_id, "seed", 1)
+    assert mlflow.get_run(run.info.run_id).data.params == {"seed": "1"}
+
+
+def test_a_backup_restored_into_an_empty_server_with_keys_that_are_wrong_then_right(
+    platform: Parts, recordings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = client(platform, monkeypatch).get_model_version_by_alias(MODEL, "champion")
+    dump = platform.root / "mlflow.dump"
+    platform.run("pg_dump", "--format=custom", f"--file={dump}")
+    objects = stored(platform)
+    platform.stop("mlflow")
+    platform.run("createdb", "restored", database="postgres")
+    platform.run("pg_restore", "--no-owner", "--exit-on-error", "--dbname=restored", str(dump))
+
+    platform.start("mlflow", PGDATABASE="restored", AWS_SECRET_ACCESS_KEY="wrong")
+    monkeypatch.setenv("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
+    mlflow = client(platform, monkeypatch)
+    with pytest.raises(MlflowException, match=r"(?i)Server Error|refused|denied|signature|failed"):
+        mlflow.log_text(before.run_id, "text", "text.txt")
+    assert stored(platform) == objects
+    assert re.search(r"SignatureDoesNotMatch|AccessDenied|403", (platform.root / "mlflow.log").read_text())
+
+    platform.stop("mlflow")
+    platform.start("mlflow", PGDATABASE="restored")
+    after = mlflow.get_model_version_by_alias(MODEL, "champion")
+    assert (after.version, after.source, after.tags) == (before.version, before.source, before.tags)
+    assert champion(MODEL) == before.version
+    assert Path(mlflow.download_artifacts(before.run_id, "", str(recordings))).is_dir()
+    assert stored(platform) == objects
+
+
+def stored(platform: Parts) -> dict[str, int]:
+    """Every object of the store: its key and size."""
+    root = platform.root / "s3" / "mlflow"
+    return {str(path.relative_to(root)): path.stat().st_size for path in root.rglob("*") if path.is_file()}
