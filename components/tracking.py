@@ -308,7 +308,9 @@ def register(name: str, model: str, *, key: str, run: str, tags: Mapping[str, st
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     found = list(client.search_model_versions(f"name = '{name}' and tag.`{KEY}` = '{key}'"))
-    made = found[0] if found else client.create_model_version(name, source=model, run_id=run, tags={KEY: key, **tags})
+    # A server refuses a logged model as the source unless its id is said too; a database takes it.
+    model_id = model.removeprefix("models:/") if model.startswith("models:/m-") else None
+    made = found[0] if found else client.create_model_version(name, model, run_id=run, tags={KEY: key, **tags}, model_id=model_id)
     return Version(name=name, number=str(made.version), tags=dict(made.tags))
 
 

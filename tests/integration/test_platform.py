@@ -86,7 +86,7 @@ def test_a_store_that_breaks_in_mid_run_is_named_and_the_same_command_goes_on(
     assert re.match(r"ffn: error: step \S+ ntu60-xsub\S* failed \(exit status 1\): .*mlflow-artifacts", line), line
     platform.start("s3")
     status, out, err = ffn(recordings, platform)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, ""), f"{out}\n{err}\n{(platform.root / 'mlflow.log').read_text()[-3000:]}"
     assert re.search(r"^ingest +cached$", out, re.MULTILINE)
     mlflow = client(platform, monkeypatch)
     (parent,) = mlflow.search_runs([mlflow.get_experiment_by_name("ffn").experiment_id], "attributes.run_name LIKE 'S4-%'")

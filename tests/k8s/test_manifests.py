@@ -188,6 +188,15 @@ def test_secrets_are_named_and_never_kept(objects: Objects, tmp_path: Path) -> N
                 assert reference["key"] in keys[space, reference["name"]]
 
 
+def test_secrets_name_the_services_of_the_cluster() -> None:
+    dev = render(K8S / "overlays" / "dev")
+    port = {name: named(dev, "Service", name)["spec"]["ports"][0]["port"] for name in ("postgres", "s3")}
+    database, store = (env_file(K8S / "secrets" / f"{name}.env.example") for name in ("database", "s3"))
+    assert (database["PGHOST"], database["PGPORT"]) == ("postgres", str(port["postgres"]))
+    # With the namespace: links that MLflow signs lead steps in another one here.
+    assert store["MLFLOW_S3_ENDPOINT_URL"] == f"http://s3.ffn:{port['s3']}"
+
+
 def test_config_maps_are_there(objects: Objects) -> None:
     there = {(item["metadata"]["namespace"], item["metadata"]["name"]) for item in objects if item["kind"] == "ConfigMap"}
     wanted = set()
