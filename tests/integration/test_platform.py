@@ -54,7 +54,7 @@ def ffn(place: Path, platform: Parts, *, until: str = "", account: str = "pipeli
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "FFN_"))}
     command = [
         sys.executable, "-m", "pipeline.cli", "run", "--data", str(place / "raw"), "--workspace", str(place / "workspace"),
-        "--protocols", "ntu60-xsub", "--streams", "j,b", *(part for setting in SETTINGS for part in ("--set", setting)),
+        "--protocols", "ntu60-xsub", "--streams", "j", *(part for setting in SETTINGS for part in ("--set", setting)),
     ]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -1,0 +1,59 @@
+"""CI files: pinned actions, least permissions, and commands that the command line knows."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.cli import parser
+from tests.k8s.conftest import ROOT
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(path.read_text()))
+
+
+def steps(workflow: dict[str, Any]) -> list[dict[str, Any]]:
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_and_rights_are_least(path: Path) -> None:
+    workflow = read(path)
+    for line in re.findall(r"uses: .*", path.read_text()):
+        assert re.fullmatch(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
+    assert workflow["permissions"] == {}
+    assert "group" in workflow["concurrency"]
+    for name, job in workflow["jobs"].items():
+        assert job["timeout-minutes"] <= 360, name
+        rights = job["permissions"]
+        assert {what for what, right in rights.items() if right == "write"} <= {"packages", "id-token", "pull-requests"}, name
+        # What may write to a pull request runs none of its code.
+        assert not ("pull-requests" in rights and any("checkout" in step.get("uses", "") for step in job["steps"])), name
+    for step in steps(workflow):
+        assert "${{" not in step.get("run", ""), "expressions in scripts are injected code"
+        if "actions/checkout@" in step.get("uses", ""):
+            assert step["with"]["persist-credentials"] is False
+
+
+def test_who_changes_production_is_asked() -> None:
+    jobs = {job["environment"] for path in WORKFLOWS for job in read(path)["jobs"].values() if "environment" in job}
+    assert jobs == {"training", "production"}
+    (job,) = read(ROOT / ".github/workflows/promote.yml")["jobs"].values()
+    assert job["environment"] == "production"
+
+
+def test_workflows_and_docs_give_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every `ffn ...` of the workflows and the operations page, as the command line reads it."""
+    scripts = "\n".join(step["run"] for path in WORKFLOWS for step in steps(read(path)) if "run" in step)
+    indented = [line[4:] for line in (ROOT / "docs/operations.md").read_text().splitlines() if line.startswith("    ")]
+    text = "\n".join([scripts, *indented]).replace('"${again[@]}"', "--retry").replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^\s*(ffn .*)$", text, re.MULTILINE)]
+    assert {words[1] for words in commands} >= {"compile", "promote", "rollback", "submit"}
+    for words in commands:
+        parser().parse_args(words[1:])
