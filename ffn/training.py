@@ -48,6 +48,9 @@ class Epoch:
     clips_per_second: float
 
 
+STATE = "state.safetensors"
+"""Name of the file with a training's state, in the folder of its key."""
+
 CODE = ("layouts.py", "losses.py", "parallel.py", "streams.py", "training.py", "data/sampler.py", "model/**/*.py")
 """The files of this package that decide the weights."""
 
@@ -119,7 +122,7 @@ def train(
         parallel.launch("ffn.training", json.dumps(said), count, lambda record: finished(Epoch(**record)))
         return out
     key = train_key(data.digest, config, protocol, stream)
-    state = state_dir / key / "state.safetensors"
+    state = state_dir / key / STATE
     with parallel.team(where) as team, deterministic(recipe.seed):
         first = team.rank == 0
         with locked(state.with_name("lock")) if first else contextlib.nullcontext():

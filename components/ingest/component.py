@@ -12,4 +12,4 @@ def ingest(source: str, source_version: str, space: str, parent: str, data: dsl.
 
     from components.ingest.step import run
 
-    data.metadata.update(run(source=Path(source), source_version=source_version, space=space, parent=parent, out=Path(data.path)))
+    data.metadata.update(run(source=source, source_version=source_version, space=space, parent=parent, out=Path(data.path)))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import cast, get_args
 
-from components import say, step, tracking
+from components import say, step, storage, tracking
 from ffn.config import digest
 from ffn.data.ingest import ingest
 from ffn.data.store import SkeletonSet, Space
@@ -12,12 +12,16 @@ from ffn.errors import FFNError
 
 
 @step
-def run(*, source: Path, source_version: str, space: str, parent: str, out: Path) -> dict[str, str]:
-    """Write the skeleton set of `source` to `out`; returns what names it: digest, samples, classes, layout."""
+def run(*, source: Path | str, source_version: str, space: str, parent: str, out: Path) -> dict[str, str]:
+    """Write the skeleton set of `source`, a path or `s3://BUCKET/NAME`, to `out`.
+
+    Returns what names it: digest, samples, classes, layout.
+    """
     if space not in get_args(Space):
         raise FFNError(f"space {space!r}: expected one of {', '.join(get_args(Space))}")
     with tracking.child(parent, key=digest("ingest", source_version, space), name="ingest", kind="ingest") as track:
-        report = ingest(source, out, space=cast(Space, space))
+        with storage.at_hand(source) as files:
+            report = ingest(files, out, space=cast(Space, space))
         data = SkeletonSet.open(out)
         track.params({"source": str(source), "space": space, "digest": data.digest, "layout": data.layout.name})
         track.metrics({"samples": len(data), "dropped": len(report.dropped), "seconds": report.seconds})

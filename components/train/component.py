@@ -30,7 +30,7 @@ def train(
             preset=preset,
             seed=seed,
             overrides=overrides,
-            checkpoints=Path(checkpoints),
+            checkpoints=checkpoints,
             parent=parent,
             out=Path(checkpoint.path),
         )

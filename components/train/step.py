@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from components import say, step, tracking
+from components import say, step, storage, tracking
 from ffn import config as configuration
 from ffn import parallel
 from ffn.checkpoint import read_history, read_meta
 from ffn.data.store import SkeletonSet
 from ffn.inference import write_fused
 from ffn.plots import learning_curves
-from ffn.training import Epoch, train, train_key
+from ffn.training import STATE, Epoch, train, train_key
 
 LOGGED = ("loss", "top1", "lr", "seconds", "clips_per_second")
 """Fields of an epoch's record that become the metrics `train_<field>`."""
@@ -30,11 +30,14 @@ def run(
     preset: str,
     seed: int,
     overrides: list[str],
-    checkpoints: Path,
+    checkpoints: Path | str,
     parent: str,
     out: Path,
 ) -> dict[str, str]:
     """Publish the checkpoint in the folder `out`; the state of every epoch is kept under `checkpoints`.
+
+    That is a folder, or `s3://BUCKET/PREFIX`: then every epoch's state goes there as `storage.mirrored` says, no lock keeps
+    the same training from going on twice, and twice it gives the same weights.
 
     One process for every GPU, or as many as FFN_PROCESSES says; of those that torchrun started the first alone speaks to
     MLflow. Returns what names the checkpoint: preset, protocol, stream, seed.
@@ -43,13 +46,14 @@ def run(
     config = configuration.recipe(preset, overrides, seed)
     key = train_key(skeletons.digest, config, protocol, stream)
     names = tracking.names(preset, protocol, stream, seed)
-    fit = functools.partial(
-        train, skeletons, protocol=protocol, stream=stream, config=config, out=out, state_dir=checkpoints, progress=False
-    )
+    fit = functools.partial(train, skeletons, protocol=protocol, stream=stream, config=config, out=out, progress=False)
     if parallel.follower():
-        fit()
+        fit(state_dir=out.parent)  # where the first process alone has files
         return names
-    with tracking.child(parent, key=key, kind="train", names=names) as track:
+    with (
+        tracking.child(parent, key=key, kind="train", names=names) as track,
+        storage.mirrored(checkpoints, f"{key}/{STATE}") as (states, keep),
+    ):
         split = skeletons.split(protocol)
         track.params({**names, **flat(config)})
         track.dataset(skeletons, "training", part=f"{protocol}/train", used=len(split.train))
@@ -61,13 +65,14 @@ def run(
                 track.metrics({f"train_{name}": record[name] for name in LOGGED}, step=int(record["epoch"]))
 
         def on_epoch(epoch: Epoch) -> None:
+            keep()
             log(asdict(epoch))
             say(
                 f"epoch {epoch.epoch:3d}/{epoch.epochs}  loss {epoch.loss:.4f}  top1 {100 * epoch.top1:5.1f} %  "
                 f"{epoch.clips_per_second:.0f} clips/s"
             )
 
-        fit(on_epoch=on_epoch)
+        fit(state_dir=states, on_epoch=on_epoch)
         history = read_history(out)
         for record in history:  # epochs that ran under another parent, or whose logging a kill cut off
             log(record)
