@@ -2,8 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+DOCKER ?= docker
+# More for `docker build`: --secret id=pip.conf,src=FILE for a mirror, --build-arg TORCH_CPU=INDEX for other wheels, BASE=IMAGE.
+BUILD ?=
+COMMIT = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
 
-.PHONY: demo test bench check-k8s clean
+.PHONY: demo test bench images check-k8s clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -33,6 +37,10 @@ check-k8s: $(READY)
 	mkdir -p .venv/rendered && for overlay in k8s/overlays/*; do kubectl kustomize $$overlay > .venv/rendered/$$(basename $$overlay).yaml || exit 1; done
 	.venv/check/bin/checkov --directory .venv/rendered --framework kubernetes --quiet --compact --skip-download
 	.venv/check/bin/zizmor --offline .github/workflows
+
+images:
+	DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD) --target cpu --build-arg COMMIT=$(COMMIT) --tag ffn-python:dev --tag ffn-python:$(COMMIT) .
+	DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD) --target gpu --build-arg COMMIT=$(COMMIT) --tag ffn-python:dev-gpu --tag ffn-python:$(COMMIT)-gpu .
 
 clean:
 	rm -rf .venv .ffn

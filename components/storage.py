@@ -135,6 +135,13 @@ def version(uri: str) -> str:
     return marks.hexdigest()[:16]
 
 
+def reach(uri: str) -> None:
+    """Raises `FFNError` where the store refuses or stays away."""
+    place = Place.parse(uri)
+    with _clear(place):
+        _client().list_objects_v2(Bucket=place.bucket, Prefix=place.key, MaxKeys=1)
+
+
 @contextlib.contextmanager
 def at_hand(source: str | Path) -> Iterator[Path]:
     """Yield `source` if it is a path, else a copy of that object, or of all below it, which is removed after the block.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import ffn
 from ffn.config import PRESETS, STREAMS, preset, recipe
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS, require_name
@@ -48,9 +49,15 @@ def parser() -> argparse.ArgumentParser:
 
     added = verb(run, "the whole pipeline on this machine")
     _graph(added)
-    added.add_argument("--data", type=Path, required=True, metavar="SOURCE", help="raw recordings: a folder, zip or pickle")
+    added.add_argument(
+        "--data", required=True, metavar="SOURCE", help="raw recordings: a folder, zip or pickle, or s3://BUCKET/NAME of one"
+    )
     _settings(added)
     _space(added)
+    added.add_argument(
+        "--runner", choices=("process", "docker"), default="process",
+        help="what every step is: a process, or a container of the image that FFN_IMAGE names; default process",
+    )  # fmt: skip
     added.add_argument(
         "--name", default="", help="name of the run; by default derived from its inputs, so that it is taken up again"
     )
@@ -98,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--seed", type=int, default=0)
 
     added = verb(ingest, "raw recordings -> one skeleton set")
-    added.add_argument("source", type=Path)
+    added.add_argument("source", help="a folder, zip or pickle, or s3://BUCKET/NAME of one")
     added.add_argument("--out", type=Path, required=True, metavar="SET.arrow")
     _space(added)
 
@@ -152,18 +159,24 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--format", choices=("onnx", "torch"), default="onnx")
     added.add_argument("--clips", type=int, default=1, help="clips per recording that are averaged; default 1, evaluation takes 10")
     _workspace(added)
+
+    verb(version, "which ffn this is")
+    verb(health, "whether a step would find what it needs: device, scratch, MLflow, object store")
     return root
 
 
 def run(given: argparse.Namespace) -> int:
     """Run the whole pipeline on this machine. What was done before with the same inputs is not done again."""
+    from components import IMAGE
     from pipeline import local
 
     here = local.workspace(given.workspace)
+    image = (os.environ.get("FFN_IMAGE") or IMAGE) if given.runner == "docker" else ""
     try:
         name, table = local.run(
             source=given.data, protocols=given.protocols, streams=given.streams, presets=given.presets,
-            seeds=given.seeds, overrides=given.set, space=given.space, name=given.name, workspace=here,
+            seeds=given.seeds, overrides=given.set, space=given.space, name=given.name, image=image,
+            workspace=here,
         )  # fmt: skip
     except local.StepFailed as failure:
         print(f"ffn: error: {failure}", file=sys.stderr)
@@ -320,9 +333,11 @@ def synth(given: argparse.Namespace) -> None:
 
 def ingest(given: argparse.Namespace) -> None:
     """Read raw recordings (a folder or zip of .skeleton files, an MMAction2 pickle, NW-UCLA JSON, a table) into one set."""
+    from components.storage import at_hand
     from ffn.data.ingest import ingest as read
 
-    print(read(given.source, given.out, space=given.space, progress=True).to_markdown())
+    with at_hand(given.source) as source:
+        print(read(source, given.out, space=given.space, progress=True).to_markdown())
 
 
 def train(given: argparse.Namespace) -> None:
@@ -408,6 +423,22 @@ def export(given: argparse.Namespace) -> None:
 
     fused = load(given.model, given.checkpoint, workspace(given.workspace))
     print(write(fused, given.out, format=given.format, clips=given.clips))
+
+
+def version(given: argparse.Namespace) -> None:
+    """Print the version, and in an image the commit that it was built from."""
+    commit = os.environ.get("FFN_COMMIT")
+    print(f"ffn {ffn.__version__}" + (f", commit {commit}" if commit else ""))
+
+
+def health(given: argparse.Namespace) -> int:
+    """Try what a step needs, one line each; exit status 1 where something fails."""
+    from pipeline.health import examine
+
+    found = examine()
+    for name, works, said in found:
+        print(f"{name:<8} {'ok' if works else 'FAILED':<6}  {said}")
+    return 0 if all(works for _, works, _ in found) else 1
 
 
 def _graph(added: argparse.ArgumentParser) -> None:
