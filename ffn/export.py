@@ -22,15 +22,17 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import ffn
-from ffn import streams
 from ffn.checkpoint import Checkpoint, publishing_folder, require_replaceable
-from ffn.data.sampler import TEST_SEED, frame_numbers
+from ffn.data.sampler import TEST_SEED
+from ffn.data.store import Space
 from ffn.errors import FFNError
 from ffn.inference import FusedModel, with_clips
+from ffn.layouts import Layout
 from ffn.model.attention import AFF
 from ffn.model.rivals.common import PersonNorm
 from ffn.model.spatial import ESFGCN, GCN
 from ffn.model.temporal import TCN
+from ffn.streams import alignment
 
 Format = Literal["onnx", "torch"]
 FILES: dict[Format, tuple[str, ...]] = {
@@ -150,23 +152,25 @@ class Recognition(nn.Module):
     of tensors. All recordings are as long as the tensor; a frame of zeros is none.
     """
 
-    draws: Tensor
-
     def __init__(self, model: FusedModel) -> None:
         super().__init__()
         meta = model.meta
         self.layout, self.space, self.clip = meta.layout, meta.space, meta.config.clip
         self.weights = {stream: weight / sum(model.weights.values()) for stream, weight in model.weights.items()}
         self.scores = nn.ModuleDict({stream: PersonMean(model.streams[stream][1], meta) for stream in model.weights})
-        shape = self.clip.test_clips, 2 * self.clip.frames + 1
-        self.register_buffer("draws", torch.rand(shape, generator=torch.Generator().manual_seed(TEST_SEED)))
+        clips, frames = self.clip.test_clips, self.clip.frames
+        draws = torch.rand(clips, 2 * frames + 1, generator=torch.Generator().manual_seed(TEST_SEED))
+        slots, shares = draws.split([frames + 1, frames], 1)
+        least = slots.sort(1).values.T[:, :, None]  # (T + 1, clips, 1)
+        spare = torch.arange(frames + 1)[:, None, None]
+        self.skipped = nn.Buffer(((slots < least) & (spare > 0)).cumsum(2)[:, :, :-1])  # (T + 1, clips, T): by frames to spare
+        self.shares = nn.Buffer(shares)
 
     def forward(self, keypoints: Tensor, image_size: Tensor | None = None) -> Tensor:
         x, order, count = self.arranged(keypoints.half().float())
         n, m = x.shape[:2]
         clips, frames = self.clip.test_clips, self.clip.frames
-        start = torch.arange(clips, device=x.device) * count[:, None] // clips
-        numbers = frame_numbers(count.repeat_interleave(clips), start.flatten(), self.draws.repeat(n, 1)).view(n, -1)
+        numbers = self.frame_numbers(count).flatten(1)
         last = (numbers == count[:, None] - 1)[:, None].expand(n, m, clips * frames)
         here = self.normal(_frames(x, order.gather(1, numbers)), x, order, image_size)
         there = None
@@ -176,14 +180,25 @@ class Recognition(nn.Module):
         present = (x != 0).flatten(2).any(2)[:, :, None, None, None]
         total = torch.zeros((), device=x.device)
         for stream, weight in self.weights.items():
-            clip = streams.bone(here, self.layout, self.space) if "b" in stream else here
+            clip = _bone(here, self.layout, self.space) if "b" in stream else here
             if "m" in stream:
                 assert there is not None
-                moved = streams.bone(there, self.layout, self.space) if "b" in stream else there
-                clip = streams.motion(clip, moved, last, self.space)
+                moved = _bone(there, self.layout, self.space) if "b" in stream else there
+                clip = _motion(clip, moved, last, self.space)
             clip = (clip * present).view(n, m, clips, frames, *clip.shape[3:]).transpose(1, 2).flatten(0, 1)
             total = total + weight * self.scores[stream](clip).softmax(1).view(n, clips, -1).mean(1)
         return total
+
+    def frame_numbers(self, count: Tensor) -> Tensor:
+        """Frames (N, clips, T) of recordings of `count` (N,) frames. Source: `ffn.data.sampler.frame_numbers`, its draws fixed."""
+        clips, length = self.shares.shape
+        count = count[:, None, None]
+        steps, clip = torch.arange(length, device=count.device), torch.arange(clips, device=count.device)[:, None]
+        around = (clip * count // clips + steps) % count
+        skipping = steps + self.skipped[(count - length).clamp(0, length).flatten()]
+        low = steps * count // length
+        binned = low + (self.shares * ((steps + 1) * count // length - low)).long()
+        return torch.where(count < length, around, torch.where(count < 2 * length, skipping, binned))
 
     def arranged(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What ingestion keeps of `x` (N, M, L, V, 3): main person first, other frames zero; frame numbers; count of frames (N,).
@@ -203,9 +218,9 @@ class Recognition(nn.Module):
         """The chosen `frames` (N, M, T, V, 3) of the recordings `x`, normalised."""
         if self.space == "2d":
             assert image_size is not None
-            return streams.normalize_2d(frames, image_size.expand(x.shape[0], 2))
+            return _normal_2d(frames, image_size)
         first = _frames(x[:, :1], order[:, :1])[:, 0, 0]
-        return streams.normalize_3d(frames, *streams.alignment(first, self.layout))
+        return _normal_3d(frames, *alignment(first, self.layout))
 
 
 def _seen(x: Tensor) -> Tensor:
@@ -217,6 +232,33 @@ def _frames(x: Tensor, numbers: Tensor) -> Tensor:
     """Frames `numbers` (N, T) of `x` (N, M, L, V, 3)."""
     index = numbers[:, None, :, None, None].expand(-1, x.shape[1], -1, *x.shape[3:])
     return x.gather(2, index)
+
+
+# The formulas of `ffn.streams`, where they are arranged for large batches, as a graph can hold them.
+
+
+def _normal_2d(x: Tensor, image_size: Tensor) -> Tensor:
+    return torch.cat([x[..., :2] / (image_size / 2) - 1, x[..., 2:]], -1)
+
+
+def _normal_3d(x: Tensor, origin: Tensor, turn: Tensor) -> Tensor:
+    present = (x != 0).any(-1, keepdim=True)
+    centered = (x - origin[:, None, None, None]) * present
+    return (centered.flatten(1, 3) @ turn.transpose(1, 2)).view(x.shape)
+
+
+def _bone(x: Tensor, layout: Layout, space: Space) -> Tensor:
+    return _difference(x, x[..., list(layout.parents), :], space)
+
+
+def _motion(x: Tensor, following: Tensor, last: Tensor, space: Space) -> Tensor:
+    return _difference(following, x, space) * ~last[..., None, None]
+
+
+def _difference(x: Tensor, other: Tensor, space: Space) -> Tensor:
+    if space == "3d":
+        return x - other
+    return torch.cat([x[..., :2] - other[..., :2], (x[..., 2:] + other[..., 2:]) / 2], -1)
 
 
 class PersonMean(nn.Module):
@@ -326,7 +368,7 @@ class FoldedESFGCN(nn.Module):
         joints, channels = mask.shape
         joint, channel = torch.arange(joints)[:, None], torch.arange(channels)
         shift = mask.new_zeros(channels, joints, joints)
-        shift[channel, gcn.shift.source, joint] += mask
+        shift[channel, (joint + channel) % joints, joint] += mask
         shift[channel, joint, joint] -= gcn.shift.alpha * mask
         self.shift = nn.Buffer(shift)
         self.conv = gcn.shift.conv
