@@ -13,6 +13,8 @@ from torch import Tensor, nn
 class GCN(nn.Module):
     """ST-GCN's graph convolution. Source: MMAction2's `unit_gcn(adaptive='importance')`."""
 
+    adjacency: Tensor
+
     def __init__(self, in_channels: int, out_channels: int, adjacency: Tensor) -> None:
         super().__init__()
         self.subsets = len(adjacency)
@@ -64,6 +66,8 @@ class ESFGCN(nn.Module):
 class SpatialShift(nn.Module):
     """Eq. (2), the shift as an index over joints and channels. Source: Shift-GCN's non-local shift."""
 
+    index: Tensor
+
     def __init__(self, in_channels: int, out_channels: int, joints: int, alpha: float) -> None:
         super().__init__()
         self.alpha = alpha
@@ -79,8 +83,8 @@ class SpatialShift(nn.Module):
         shifted = torch.index_select(original.view(n * t, v * c), 1, self.index).view(n, t, v, c)
         y = (shifted - self.alpha * original) * (torch.tanh(self.mask) + 1)
         y = self.conv(y.permute(0, 3, 1, 2).contiguous())
-        y = self.norm(y.permute(0, 2, 3, 1).reshape(n * t, -1))
-        return y.view(n, t, v, -1).permute(0, 3, 1, 2).contiguous()
+        normal: Tensor = self.norm(y.permute(0, 2, 3, 1).reshape(n * t, -1))
+        return normal.view(n, t, v, -1).permute(0, 3, 1, 2).contiguous()
 
 
 class MSFTCN(nn.Module):
@@ -179,10 +183,10 @@ class Skeleton(nn.Module):
 
 def take(plain: Skeleton, network: nn.Module) -> None:
     """Give `plain` the weights and statistics of `network`, the preset S0 or S4 of `ffn.model`, every one of them."""
-    plain.load_state_dict(dict(_renamed(network.state_dict())))
+    plain.load_state_dict(dict(renamed(network.state_dict())))
 
 
-def _renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The one grouped entry of MSF-TCN (`enter.0`, `enter.1`) taken apart into seven; all else by its name."""
     for name, tensor in state.items():
         head, entry, tail = name.partition(".temporal.enter.")

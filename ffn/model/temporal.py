@@ -52,7 +52,7 @@ class MSFTCN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[1] // 8
-        to_enter, to_point = x.split([7 * width, width], 1)
+        to_enter, to_point = x.split_with_sizes([7 * width, width], 1)
         *groups, to_max, to_mean = self.enter(to_enter).chunk(7, 1)
         branches: list[Tensor] = []
         for conv, group in zip(self.dilated, groups, strict=True):

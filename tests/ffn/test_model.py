@@ -84,10 +84,29 @@ def test_spatial_shift_is_equation_2():
     torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_spatial_shift_has_the_gradient_of_its_gather():
-    module = SpatialShift(6, 4, joints=5, alpha=0.0).double()
+@pytest.mark.parametrize("alpha", [0.0, 0.2])
+def test_spatial_shift_has_the_gradients_of_equation_2(alpha):
+    torch.manual_seed(0)
+    module = SpatialShift(6, 4, joints=5, alpha=alpha).double()
+    mask = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(module, (x,), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, mask: torch.func.functional_call(module, {"mask": mask}, (x,)), (x, mask))
+
+
+def test_spatial_shift_is_the_same_where_it_is_not_trained():
+    """In training its gradients are written by hand; elsewhere the plain expression stands, which can be exported."""
+    torch.manual_seed(0)
+    module = SpatialShift(6, 4, joints=5, alpha=0.2).double()
+    torch.nn.init.normal_(module.mask)
+    module.norm.eval()  # the same statistics in both
+    found = []
+    for training in (True, False):
+        module.training = training
+        x = torch.linspace(-1, 1, 180, dtype=torch.float64).sin().view(2, 6, 3, 5).requires_grad_()
+        y = module(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, module.mask))))
+    for trained, plain in zip(*found, strict=True):
+        torch.testing.assert_close(trained, plain)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
