@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def _ingest_and_open(source: Path, out: Path) -> tuple[float, float, float]:
     return *data.ingest_pickle(source, out), data.open_set(out)[0]
 
 
-def _clipped(made: Sampler, **clip: int) -> Sampler:
+def _clipped(made: Sampler, **clip: Any) -> Sampler:
     return replace(made, clip=replace(made.clip, **clip))
 
 
