@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ffn
-from ffn.config import PRESETS, STREAMS, preset, recipe
+from ffn.config import PRESETS, STREAMS, override, preset, recipe
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS, require_name
 
@@ -221,10 +221,11 @@ def submit(given: argparse.Namespace) -> int:
     Prints the run's id; FFN_KFP_URL and the like say where (see docs/cluster.md).
     """
     from pipeline import submit as kfp
+    from pipeline.server import Server
 
-    server = kfp.Server.from_environment()
+    server = Server.from_environment()
     inputs = _inputs(given)
-    name = given.name or f"{given.preset}-{kfp.load(given.pipeline, inputs, allow_tag=True).digest[:8]}"
+    name = given.name or f"ffn-{kfp.load(given.pipeline, inputs, allow_tag=True).digest[:8]}"
     require_name("--name", name)
     pipeline = kfp.load(given.pipeline, {**inputs, "name": name}, allow_tag=given.allow_tag)
 
@@ -249,8 +250,9 @@ def watch(given: argparse.Namespace) -> int:
     Ctrl-C leaves it running.
     """
     from pipeline import submit as kfp
+    from pipeline.server import Server
 
-    server = kfp.Server.from_environment()
+    server = Server.from_environment()
 
     def work() -> int:
         run = kfp.run_id(server, given.run, given.experiment)
@@ -264,8 +266,9 @@ def watch(given: argparse.Namespace) -> int:
 def schedule(given: argparse.Namespace) -> int:
     """Put a compiled pipeline on a schedule; the same command again changes nothing, another one replaces it."""
     from pipeline import submit as kfp
+    from pipeline.server import Server
 
-    server = kfp.Server.from_environment()
+    server = Server.from_environment()
     pipeline = kfp.load(given.pipeline, _inputs(given), allow_tag=given.allow_tag)
 
     def work() -> int:
@@ -282,8 +285,9 @@ def schedule(given: argparse.Namespace) -> int:
 def schedules(given: argparse.Namespace) -> int:
     """List the schedules of an experiment: name, cron expression (seconds first), state, id."""
     from pipeline import submit as kfp
+    from pipeline.server import Server
 
-    server = kfp.Server.from_environment()
+    server = Server.from_environment()
 
     def work() -> int:
         for entry in kfp.schedules(server, given.experiment):
@@ -297,8 +301,9 @@ def schedules(given: argparse.Namespace) -> int:
 def unschedule(given: argparse.Namespace) -> int:
     """Delete a schedule; the runs it made stay."""
     from pipeline import submit as kfp
+    from pipeline.server import Server
 
-    server = kfp.Server.from_environment()
+    server = Server.from_environment()
 
     def work() -> int:
         if not kfp.unschedule(server, given.name, given.experiment):
@@ -493,7 +498,7 @@ def _submission(added: argparse.ArgumentParser) -> None:
     added.add_argument("--data", required=True, metavar="SOURCE", help="raw recordings, as the pod of ingest finds them")
     added.add_argument("--data-version", default="", help="names what lies there now: a date, a digest; another one is read anew")
     _space(added)
-    _recipe(added)
+    _settings(added)
     added.add_argument("--allow-tag", action="store_true", help="submit an image that is not named by digest")
     _experiment(added)
 
@@ -511,15 +516,10 @@ def _watching(added: argparse.ArgumentParser) -> None:
 
 def _inputs(given: argparse.Namespace) -> dict[str, object]:
     """The pipeline's parameters."""
-    from ffn.config import require_trainable
-
-    require_trainable(_config(given))
+    override(preset("S4"), given.set)  # the names of settings are those of every preset
     if not given.data.startswith("/") and "://" not in given.data:
         raise FFNError(f"--data {given.data}: expected an absolute path in the pod of ingest, such as /mnt/data/x, or a URI")
-    return {
-        "source": given.data, "source_version": given.data_version, "space": given.space, "preset": given.preset,
-        "overrides": _overrides(given),
-    }  # fmt: skip
+    return {"source": given.data, "source_version": given.data_version, "space": given.space, "overrides": given.set}
 
 
 def _account() -> str:

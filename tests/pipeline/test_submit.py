@@ -65,10 +65,7 @@ def compiled(tmp_path: Path) -> Path:
             "inputDefinitions": {
                 "parameters": {
                     "source": {"parameterType": "STRING"},
-                    **{
-                        name: {"defaultValue": "", "parameterType": "STRING"}
-                        for name in ("name", "source_version", "space", "preset")
-                    },
+                    **{name: {"defaultValue": "", "parameterType": "STRING"} for name in ("name", "source_version", "space")},
                     "overrides": {"defaultValue": [], "parameterType": "LIST"},
                 }
             },
@@ -392,19 +389,19 @@ def test_submit_and_watch_in_one_command(
 ) -> None:
     at(monkeypatch, FFN_KFP_URL=url + "/", FFN_KFP_UI="https://kfp.example", MLFLOW_TRACKING_URI="http://mlflow")
     fake.states = [look("SUCCEEDED", task(1, "begin", "SUCCEEDED"))]  # type: ignore[assignment]
-    command = ["submit", str(compiled), "--data", "/mnt/data/a", "--preset", "S2", "--set", "training.epochs=3", "--watch"]
+    command = ["submit", str(compiled), "--data", "/mnt/data/a", "--set", "training.epochs=3", "--watch"]
     assert main(command) == 0
     out, err = capsys.readouterr()
     (run,) = fake.runs
     assert out.splitlines()[0] == run["run_id"]
     assert f"https://kfp.example/#/runs/details/{run['run_id']}" in err
     assert "http://mlflow" in err
-    assert run["display_name"].startswith("S2-")
+    assert run["display_name"].startswith("ffn-")
     assert run["runtime_config"]["parameters"] == {
-        "name": run["display_name"], "source": "/mnt/data/a", "source_version": "", "space": "3d", "preset": "S2",
+        "name": run["display_name"], "source": "/mnt/data/a", "source_version": "", "space": "3d",
         "overrides": ["training.epochs=3"],
     }  # fmt: skip
-    assert main([*command, "--seed", "1"]) == 0
+    assert main([*command, "--data-version", "2"]) == 0
     assert len(fake.runs) == 2
     assert main(["watch", run["display_name"]]) == 0
     fake.states = [look("FAILED")]  # type: ignore[assignment]
@@ -415,7 +412,7 @@ def test_submit_and_watch_in_one_command(
     ("arguments", "said"),
     [
         (["submit", "PIPELINE", "--data", "recordings"], "--data recordings: expected an absolute path in the pod"),
-        (["submit", "PIPELINE", "--data", "/a", "--set", "training.epochs=0"], "training.epochs=0"),
+        (["submit", "PIPELINE", "--data", "/a", "--set", "training.epoch=1"], "did you mean training.epochs"),
         (["submit", "PIPELINE", "--data", "/a", "--name", "a/b"], "--name 'a/b'"),
         (["submit", "nowhere.yaml", "--data", "/a"], "nowhere.yaml: No such file"),
         (["watch", "nobody"], "no run nobody in experiment ffn"),
