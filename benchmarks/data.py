@@ -30,7 +30,7 @@ from ffn.layouts import COCO17, NTU25
 
 SAMPLES: dict[Scale, int] = {"toy": 60, "quick": 8_000, "full": 56_880}
 BATCH: dict[Scale, int] = {"toy": 8, "quick": 256, "full": 256}
-FILES: dict[Scale, int] = {"toy": 6, "quick": 2_000, "full": 3_000}
+FILES: dict[Scale, int] = {"toy": 6, "quick": 2_000, "full": 6_000}
 ROUND = 8
 """Batches between two looks at the clock."""
 CLIP = ClipConfig(frames=100)
@@ -266,14 +266,13 @@ def _text_rows(folder: Path, scale: Scale) -> Iterator[Row]:
             file.write_text(texts[number])
         else:
             file.hardlink_to(first)
-    began = time.perf_counter()
-    for text in texts[: FILES[scale]]:
-        ntu.keypoints(text.encode(), "3d", "made")
-    alone = len(texts[: FILES[scale]]) / (time.perf_counter() - began)
+    encoded = [text.encode() for text in texts]
+    took = [timed(lambda: [ntu.keypoints(text, "3d", "made") for text in encoded]) for _ in range(REPEATS[scale])]
+    alone = len(texts) / float(np.median(took))
     seconds = ingest(raw, folder / "raw.arrow").seconds
     yield measured(
         "ingest of .skeleton text", [FILES[scale] / seconds], "files/s",
-        threads=cores, reference=f"parsing alone, {cores} x one core", reference_value=cores * alone, target=0.8,
+        threads=cores, reference=f"parsing alone, {cores} x one core", reference_value=cores * alone,
     )  # fmt: skip
 
 
