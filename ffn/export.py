@@ -9,6 +9,7 @@ are all part of it. Batch-norms are folded into the convolutions around them. It
 import copy
 import importlib.util
 import json
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -61,7 +62,8 @@ def export(model: FusedModel, out: Path | str, *, format: Format = "onnx", clips
     model = with_clips(model, clips)
     about = json.dumps(description(model), indent=1)
     with publishing_folder(Path(out)) as partial, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's exporter about its own parts
+        warnings.simplefilter("ignore")  # torch's exporter about its own parts, and that torchvision is not there
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         (partial / "model.json").write_text(about)
         program = traced(model)
         if format == "onnx":
