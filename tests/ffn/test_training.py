@@ -379,6 +379,13 @@ def test_inference_names_the_bad_recording(trained, tmp_path, clip, message):
         model.predict([clip])
 
 
+def test_checkpoints_are_fused_with_the_papers_weights(trained):
+    assert FusedModel.of([trained["b"], trained["j"]]).weights == {"j": 1.0, "b": 1.0}
+    assert FusedModel.of([trained["b"]]).weights == {"b": 1.0}
+    with pytest.raises(FFNError, match="checkpoints of streams j: expected one stream, or j b, or j b jm bm, one checkpoint each"):
+        FusedModel.of([trained["j"], trained["j"]])
+
+
 def test_fused_model_refuses_strangers(trained, tmp_path):
     with pytest.raises(FFNError, match="no checkpoint of stream jm"):
         write_fused(tmp_path / "fused", trained, {"j": 1.0, "jm": 1.0})

@@ -87,6 +87,8 @@ def test_every_step_runs_alone_on_paths(
         (["train", "--data", "x.arrow", "--protocol", "p", "--stream", "j", "--out", "o"], "x.arrow: no such skeleton set"),
         (["evaluate", "--data", "x.arrow", "--checkpoint", "c", "--out", "o"], "x.arrow: no such skeleton set"),
         (["fuse", "x.arrow", "--out", "o"], "x.arrow: no such scores"),
+        (["export", "--checkpoint", "c", "--out", "o"], "c: not a checkpoint"),
+        (["predict", "x.skeleton", "--checkpoint", "c", "--every", "0"], "--every 0: expected at least 1 frame"),
         (["register", "j", "--fused", "f", "--data", "x.arrow"], "f: not fused scores"),
     ],
 )
