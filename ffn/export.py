@@ -162,11 +162,11 @@ class Recognition(nn.Module):
         self.scores = nn.ModuleDict({stream: PersonMean(model.streams[stream][1], meta) for stream in model.weights})
         clips, frames = self.clip.test_clips, self.clip.frames
         draws = torch.rand(clips, 2 * frames + 1, generator=torch.Generator().manual_seed(TEST_SEED))
-        slots, shares = draws.split([frames + 1, frames], 1)
+        slots, shares = draws[:, : frames + 1], draws[:, frames + 1 :]
         least = slots.sort(1).values.T[:, :, None]  # (T + 1, clips, 1)
         spare = torch.arange(frames + 1)[:, None, None]
         self.skipped = nn.Buffer(((slots < least) & (spare > 0)).cumsum(2)[:, :, :-1])  # (T + 1, clips, T): by frames to spare
-        self.shares = nn.Buffer(shares)
+        self.shares = nn.Buffer(shares.contiguous())
 
     def forward(self, keypoints: Tensor, image_size: Tensor | None = None) -> Tensor:
         x, order, count = self.arranged(keypoints.half().float())
