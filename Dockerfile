@@ -29,7 +29,8 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip.conf,t
 
 FROM build AS gpu-dependencies
 COPY --from=requirements /requirements/gpu.txt /requirements/constraints.txt ./
-ARG TORCH_GPU=https://download.pytorch.org/whl/cu128
+# PyPI's own build of torch is the one for CUDA.
+ARG TORCH_GPU=https://pypi.org/simple
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install --constraint constraints.txt --no-deps --index-url "${TORCH_GPU}" torch \
  && pip install --constraint constraints.txt --requirement gpu.txt \
