@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,11 +41,17 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
 def until_open(port: int, process: "subprocess.Popen[bytes]", log: Path, seconds: float = 60) -> None:
     """Wait until something listens at the port; fail with the process's log where it ends before."""
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        if listens(port):
             return
         time.sleep(0.05)
     pytest.fail(f"nothing listens at {port}:\n{log.read_text(errors='replace')[-3000:]}")
@@ -115,6 +120,8 @@ class Parts:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 9)
         process.wait()
+        while service in self.ports and listens(self.ports[service]):  # its own children take a moment longer
+            time.sleep(0.05)
         if service == "postgres":
             (self.root / "postgres" / "postmaster.pid").unlink(missing_ok=True)
 
@@ -186,9 +193,3 @@ def parts() -> Iterator[Parts]:
         for service in list(here.running):
             here.stop(service)
         shutil.rmtree(root, ignore_errors=True)
-
-
-def answers(uri: str) -> bool:
-    with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=2) as answer:
-        return bool(answer.status == 200)
-    return False

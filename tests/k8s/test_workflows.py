@@ -57,3 +57,10 @@ def test_workflows_and_docs_give_commands_that_exist(capsys: pytest.CaptureFixtu
     assert {words[1] for words in commands} >= {"compile", "promote", "rollback", "submit"}
     for words in commands:
         parser().parse_args(words[1:])
+
+
+def test_the_operations_page_names_files_that_are_there() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    named = set(re.findall(r"(?<![\w/])((?:k8s|\.github)/[\w./-]*\w)", page))
+    assert len(named) > 10
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
