@@ -55,6 +55,7 @@ def pass_of(name: str, team: Team) -> dict[str, torch.Tensor]:
     return gradients | dict(network.named_buffers())
 
 
+@pytest.mark.slow
 def test_a_pass_of_two_processes_is_that_of_one(tmp_path):
     """Every kind of network, in parts of unequal size."""
     parallel.launch("tests.ffn.test_parallel", str(tmp_path), 2, print)
@@ -102,6 +103,7 @@ def alone(toys, tmp_path_factory) -> Path:
     return run(toys, tmp_path_factory.mktemp("alone"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_one_goes_on(toys, alone, tmp_path):
     """Interrupted in mid-way, then gone on with by a single process."""
     heard = []
@@ -121,6 +123,7 @@ def test_two_processes_train_as_one_and_one_goes_on(toys, alone, tmp_path):
     assert later in ([3, 4], [4])
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_two_go_on_from_one(toys, alone, tmp_path):
     def stop(epoch):
         if epoch.epoch == 1:
@@ -143,12 +146,14 @@ def test_a_killed_process_ends_all_and_two_go_on_from_one(toys, alone, tmp_path)
     assert_same_training(out, alone)
 
 
+@pytest.mark.slow
 def test_what_a_process_refuses_is_said_once(toys, tmp_path):
     lock = tmp_path / "state" / train_key(toys.digest, CONFIG, "p", "bm") / "lock"
     with locked(lock), pytest.raises(FFNError, match="going on in another process"):
         run(toys, tmp_path, processes=2)
 
 
+@pytest.mark.slow
 def test_processes_that_torchrun_started_work_together(toys, alone, tmp_path):
     """As on several nodes: nothing here launches them."""
     code = "import sys; from tests.ffn.test_parallel import *; run(SkeletonSet.open(sys.argv[1]), Path(sys.argv[2]))"
