@@ -141,14 +141,14 @@ class _Both:
     def require_equal_clips(self) -> None:
         """The same draws give the same clips."""
         draws = self.sampler.draws(len(self.rows), torch.Generator().manual_seed(0))
-        ours = self.sampler.train_clips(torch.from_numpy(self.rows).to(self.device), draws).cpu()
+        ours = self.sampler.train_clips(torch.from_numpy(self.rows), draws).cpu()
         theirs = [reference.clip(s, self.size.frames, d) for s, d in zip(self.samples, draws.cpu().numpy(), strict=True)]
         require_close("training clips", ours.numpy(), np.stack(theirs), rtol=1e-5, atol=1e-5)
 
     def require_equal_step(self) -> None:
         """The same clips give the same loss, one step of each later too; bfloat16 to its three digits."""
         rows, labels = self.rows[: self.size.batch], torch.from_numpy(self.labels[self.rows[: self.size.batch]]).to(self.device)
-        clips = self.sampler.test_batch(torch.from_numpy(rows).to(self.device), 0)
+        clips = self.sampler.test_batch(torch.from_numpy(rows), 0)
         for close in (1e-4, 0.02):  # a step makes rounding larger
             with autocast(self.device):
                 logits = self.network(clips)
@@ -178,7 +178,7 @@ class _Both:
 
     def limit(self, repeats: int) -> Iterator[Row]:
         """A step of ours beside the least time that its operations and bytes take on this device."""
-        rows = torch.from_numpy(self.rows[: self.size.batch]).to(self.device)
+        rows = torch.from_numpy(self.rows[: self.size.batch])
         clips = self.sampler.test_batch(rows, 0)
 
         def step() -> None:

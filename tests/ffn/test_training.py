@@ -328,14 +328,14 @@ def test_gpu_resumed_training_ends_with_the_same_weights(toys, tmp_path):
 
 @on_gpu
 def test_gpu_no_step_waits_for_the_device(toys, tmp_path, monkeypatch):
-    """From the first batch of an epoch to the sums at its end nothing is read back."""
+    """From the first batch of an epoch to the sums at its end nothing is read back; the first epoch makes its constants."""
     from ffn.data.sampler import Sampler
     from ffn.parallel import Team
 
-    clips, total = Sampler.train_clips, Team.sum
+    clips, total, epochs = Sampler.train_clips, Team.sum, []
 
     def first(self, index, draws):
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error" if epochs else "default")
         return clips(self, index, draws)
 
     def last(self, tensor):
@@ -344,7 +344,8 @@ def test_gpu_no_step_waits_for_the_device(toys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Sampler, "train_clips", first)
     monkeypatch.setattr(Team, "sum", last)
-    run(toys, tmp_path, "clip.rotate=0.2", device="cuda")
+    run(toys, tmp_path, "clip.rotate=0.2", device="cuda", on_epoch=epochs.append)
+    assert len(epochs) == 4
 
 
 @pytest.fixture(scope="module")
