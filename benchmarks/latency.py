@@ -70,7 +70,13 @@ def _batch(scale: Scale, scratch: Path) -> Iterator[Row]:
 
 
 def _windows(scale: Scale, scratch: Path) -> Iterator[Row]:
-    rows = [("S4", 100, ("j",)), ("S0", 100, ("j",)), ("S4", 48, ("j",)), ("S4", 32, ("j",)), ("S4-small", 32, ("j",))]
+    rows: list[tuple[str, int, tuple[str, ...]]] = [
+        ("S4", 100, ("j",)),
+        ("S0", 100, ("j",)),
+        ("S4", 48, ("j",)),
+        ("S4", 32, ("j",)),
+        ("S4-small", 32, ("j",)),
+    ]
     rows += [("S4-small", 32, tuple(FUSIONS["4s"])), ("S4", 100, tuple(FUSIONS["4s"]))]
     for name, frames, streams in rows[:1] if scale == "toy" else rows:
         model = _model(name, scale, frames, streams)
