@@ -166,6 +166,8 @@ class Recognition(nn.Module):
         least = slots.sort(1).values.T[:, :, None]  # (T + 1, clips, 1)
         spare = torch.arange(frames + 1)[:, None, None]
         self.skipped = nn.Buffer(((slots < least) & (spare > 0)).cumsum(2)[:, :, :-1])  # (T + 1, clips, T): by frames to spare
+        place = (torch.arange(clips, dtype=torch.float64)[:, None] + 0.5) / clips
+        self.places = nn.Buffer((torch.arange(frames, dtype=torch.float64) + place) / frames)  # (clips, T)
         self.shares = nn.Buffer(shares.contiguous())
 
     def forward(self, keypoints: Tensor, image_size: Tensor | None = None) -> Tensor:
@@ -192,9 +194,11 @@ class Recognition(nn.Module):
         return total
 
     def frame_numbers(self, count: Tensor) -> Tensor:
-        """Frames (N, clips, T) of recordings of `count` (N,) frames. Source: `ffn.data.sampler.frame_numbers`, its draws fixed."""
+        """Frames (N, clips, T) of recordings of `count` (N,) frames. Source: `ffn.data.sampler.Sampler.test_batch`, its draws fixed."""
         clips, length = self.shares.shape
         count = count[:, None, None]
+        if self.clip.sampling == "random":
+            return (self.places * count.double()).long()
         steps, clip = torch.arange(length, device=count.device), torch.arange(clips, device=count.device)[:, None]
         around = (clip * count // clips + steps) % count
         skipping = steps + self.skipped[(count - length).clamp(0, length).flatten()]

@@ -91,10 +91,11 @@ def test_a_folded_network_computes_the_same(name, space):
 
 
 @pytest.mark.parametrize("space", ["2d", "3d"])
-@pytest.mark.parametrize("name", ["S4", "CTR-GCN"])
-def test_the_graph_prepares_as_ingestion_and_sampler_do(name, space):
+@pytest.mark.parametrize(("name", "sampling"), [("S4", "uniform"), ("S4", "random"), ("CTR-GCN", "uniform")])
+def test_the_graph_prepares_as_ingestion_and_sampler_do(name, sampling, space):
     for clips in (1, 3):
-        model = with_clips(made(name, space, FUSIONS["4s"]), clips)
+        settings = [*PRESETS[name], f"clip.sampling={sampling}"]
+        model = with_clips(made(name, space, FUSIONS["4s"], settings), clips)
         whole = Recognition(model).eval()
         expected = model.predict(hard(space), SIZE)
         assert np.ptp(expected, 0).max() > 0.01, "recordings must make a difference"
@@ -156,7 +157,7 @@ def test_the_folder_runs_without_torch_and_ffn(onnx_3d, tmp_path):
 
 @pytest.mark.slow
 def test_onnx_of_a_rival_in_2d(tmp_path):
-    model = made("CTR-GCN", "2d", {"jm": 1.0})
+    model = made("CTR-GCN", "2d", {"jm": 1.0}, [*SMALL, "clip.sampling=random"])
     folder = export(model, tmp_path / "made", clips=2)
     expected = with_clips(model, 2).predict(hard("2d"), SIZE)
     np.testing.assert_allclose(Recogniser(folder).probabilities(hard("2d")), expected, atol=TOLERANCE)
@@ -166,7 +167,7 @@ def test_onnx_of_a_rival_in_2d(tmp_path):
 
 @pytest.mark.slow
 def test_torch_program(tmp_path):
-    model = made("S0", "2d", {"j": 1.0, "b": 1.0})
+    model = made("S0", "2d", {"j": 1.0, "b": 1.0}, [*SHALLOW, "clip.sampling=random"])
     folder = export(model, tmp_path / "made", format="torch")
     assert sorted(file.name for file in folder.iterdir()) == ["model.json", "model.pt2"]
     np.testing.assert_allclose(
