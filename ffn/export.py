@@ -194,7 +194,7 @@ class Recognition(nn.Module):
         return total
 
     def frame_numbers(self, count: Tensor) -> Tensor:
-        """Frames (N, clips, T) of recordings of `count` (N,) frames, the draws fixed. Source: `ffn.data.sampler.Sampler.test_batch`."""
+        """Frames (N, clips, T) of recordings of `count` (N,) frames. Source: `ffn.data.sampler.Sampler.test_batch`."""
         clips, length = self.shares.shape
         count = count[:, None, None]
         if self.clip.sampling == "random":
