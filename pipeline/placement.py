@@ -1,5 +1,8 @@
 """What a step asks of the cluster: image, environment, cache, and where, with what and for how long its pod runs."""
 
+import json
+from typing import Any
+
 from kfp import dsl, kubernetes
 
 from pipeline.settings import Settings
@@ -11,6 +14,8 @@ CACHED_LOCALLY = CACHED | {"train", "fuse"}
 """Reused on one machine too: the parent run's id is part of every key there, so a new MLflow store finds nothing cached."""
 
 HEAVY = frozenset({"train", "evaluate"})
+TRAINJOB = "FFN_TRAINJOB"
+"""Variable that tells the train step to launch a TrainJob, and of what: components/train/trainjob.py."""
 
 MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -32,17 +37,36 @@ def place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
         task.set_env_variable(name, value)
     task.set_caching_options(step in (CACHED_LOCALLY if settings.local else CACHED))
     if not settings.local:
-        _resources(task, settings, heavy=step in HEAVY)
+        launches = step == "train" and settings.nodes > 1
+        if launches:
+            task.set_env_variable(TRAINJOB, json.dumps(trainjob(settings), sort_keys=True))
+        _resources(task, settings, heavy=step in HEAVY, launches=launches)
         _pod(task, settings, step)
     return task
 
 
-def _resources(task: dsl.PipelineTask, settings: Settings, *, heavy: bool) -> None:
+def trainjob(settings: Settings) -> dict[str, Any]:
+    """What a training over several nodes asks of its TrainJob."""
+    share = {"cpu": settings.cpu, "memory": settings.memory, **({settings.gpu: str(settings.gpus)} if settings.gpus else {})}
+    return {
+        "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": settings.runtime},
+        "trainer": {
+            "image": settings.image,
+            "numNodes": settings.nodes,
+            "numProcPerNode": max(1, settings.gpus),
+            "resourcesPerNode": {"requests": share, "limits": share},
+        },
+    }
+
+
+def _resources(task: dsl.PipelineTask, settings: Settings, *, heavy: bool, launches: bool) -> None:
+    """A step that launches a training of several nodes is light itself, but waits as long as it."""
+    limit = HOUR * (settings.hours if heavy else settings.light_hours)
+    heavy = heavy and not launches
     cpu, memory = (settings.cpu, settings.memory) if heavy else (settings.light_cpu, settings.light_memory)
     task.set_cpu_limit(cpu).set_memory_limit(memory)
     task.set_cpu_request(cpu if heavy else LIGHT_REQUEST["cpu"])
     task.set_memory_request(memory if heavy else LIGHT_REQUEST["memory"])
-    limit = HOUR * (settings.hours if heavy else settings.light_hours)
     kubernetes.set_timeout(task, limit)
     if settings.retries:
         # KFP gives up an hour after the first attempt began unless told otherwise: no long training would be run again.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from components.train.trainjob import ASKED
 from ffn.config import STREAMS
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS
@@ -213,3 +214,23 @@ def test_a_tag_is_warned_of(
     monkeypatch.setenv("FFN_IMAGE", "registry.example/ffn:latest")
     assert main(["compile", "--protocols", "p", "--streams", "j", "--out", str(tmp_path / "p.yaml")]) == 0
     assert "ffn: warning: image registry.example/ffn:latest is a tag" in capsys.readouterr().err
+
+
+def test_a_training_of_several_nodes_is_launched_by_a_light_step(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FFN_NODES", "4")
+    assert main(["compile", "--protocols", "p", "--streams", "j", "--out", str(tmp_path / "p.yaml")]) == 0
+    spec = Spec(tmp_path / "p.yaml")
+    launcher, evaluating = (spec.executors[f"exec-{step}"]["container"] for step in ("train", "evaluate"))
+    assert "accelerator" not in launcher["resources"]
+    assert "accelerator" in evaluating["resources"]
+    (asked,) = [json.loads(entry["value"]) for entry in launcher["env"] if entry["name"] == ASKED]
+    assert not [entry for entry in evaluating["env"] if entry["name"] == ASKED]
+    assert asked["runtimeRef"] == {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": "ffn"}
+    share = {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "2"}
+    assert asked["trainer"] == {
+        "image": IMAGE, "numNodes": 4, "numProcPerNode": 2, "resourcesPerNode": {"requests": share, "limits": share},
+    }  # fmt: skip
+    assert spec.pods["exec-train"]["activeDeadlineSeconds"] == spec.pods["exec-evaluate"]["activeDeadlineSeconds"]
+    assert {mount["mountPath"] for mount in spec.pods["exec-train"]["pvcMount"]} == {"/mnt/checkpoints"}
