@@ -91,7 +91,7 @@ def _pod(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
     kubernetes.set_security_context(task, run_as_non_root=True)
     if settings.pull_secret:
         kubernetes.set_image_pull_secrets(task, [settings.pull_secret])
-    if step == "train" and settings.checkpoints_claim:
+    if step == "train" and settings.checkpoints_claim and not settings.checkpoints.startswith("s3://"):
         kubernetes.mount_pvc(task, settings.checkpoints_claim, settings.checkpoints)
     if step == "ingest" and settings.data_claim:
         kubernetes.mount_pvc(task, settings.data_claim, settings.data)

@@ -159,6 +159,15 @@ def test_states_and_recordings_are_volumes_where_they_are_used(spec: Spec) -> No
     assert given == {"/mnt/checkpoints"}
 
 
+def test_states_in_an_object_store_need_no_volume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_up(monkeypatch)
+    monkeypatch.setenv("FFN_CHECKPOINTS", "s3://states/ffn")
+    assert main(["compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 0
+    spec = Spec(tmp_path / "pipeline.yaml")
+    assert not any("pvcMount" in spec.pods[executor] for step, executor, *_ in spec.tasks() if step == "train")
+    assert "s3://states/ffn" in (tmp_path / "pipeline.yaml").read_text()
+
+
 def test_heavy_steps_run_on_chosen_nodes_with_memory_to_share(spec: Spec) -> None:
     for step, executor, *_ in spec.tasks():
         pod = spec.pods[executor]
