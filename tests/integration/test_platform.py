@@ -2,18 +2,22 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient, artifacts
 from mlflow.exceptions import MlflowException, RestException
 
+from components import IMAGE
 from ffn.data.synth import write_ntu
 from pipeline.serving import champion
-from tests.integration.parts import ROOT, Parts, free_port, parts, until_open
+from tests.integration.parts import ROOT, Parts, free_port, listens, parts, until_open
 from tests.k8s.conftest import K8S, containers, env_file, named, pod, render
 
 MODEL = "ffn-ntu60-xsub"
@@ -129,6 +133,65 @@ def test_the_served_champion_predicts(platform: Parts, monkeypatch: pytest.Monke
     ready = subprocess.run(probe, env=base, capture_output=True, text=True)
     assert (ready.returncode, ready.stderr) == (0, ""), log.read_text()
     platform.stop("serving")
+
+
+def test_the_pods_run_in_their_image(platform: Parts) -> None:
+    """As the manifests say: not root, nothing writable but /tmp and the model's volume, no capabilities."""
+    image = os.environ.get("FFN_IMAGE", IMAGE)
+    if not shutil.which("docker") or subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode:
+        pytest.skip(f"no container engine with the image {image}")
+    made = [pod(named(render(K8S / "overlays" / "prod"), "Deployment", name)) for name in ("mlflow", "serving")]
+    (prepare, server), (download, serving) = (containers(one[1]) for one in made if one)
+    user = made[0] and made[0][1]["securityContext"]["runAsUser"]
+    files, model, port = platform.root / "files", platform.root / "contained", free_port()
+    for folder in (files, model):
+        folder.mkdir()
+        folder.chmod(0o777)
+    for name in ("prepare.py", "basic_auth.ini"):
+        shutil.copy(K8S / "base" / name, files)
+
+    def start(container: dict[str, Any], settings: dict[str, str], *mounts: str, wait: bool = True) -> str:
+        name = f"{platform.root.name}-{container['name']}"
+        command = [word.replace(":8080", f":{port}") for word in container["command"]]
+        done = subprocess.run(
+            [
+                "docker", "run", "--rm", f"--name={name}", "--network=host", "--read-only", "--tmpfs=/tmp:mode=1777",
+                f"--user={user}:{user}", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--env=HOME=/tmp",
+                *(f"--env={key}={value}" for key, value in settings.items()), *(f"--volume={mount}" for mount in mounts),
+                *([] if wait else ["--detach"]), image, *command,
+            ],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return name
+
+    def until(name: str, port: int) -> None:
+        while not listens(port):
+            alive = subprocess.run(["docker", "inspect", "--format", "{{.State.Running}}", name], capture_output=True, text=True)
+            assert alive.stdout.strip() == "true", alive.stderr
+            time.sleep(0.2)
+
+    settings = platform.settings("mlflow") | {"MLFLOW_AUTH_CONFIG_PATH": "/etc/mlflow/basic_auth.ini"}
+    client = platform.client("serving") | env_file(K8S / "components/serving/serving.env") | {"MLFLOW_TRACKING_URI": platform.uri}
+    running = []
+    platform.stop("mlflow")
+    try:
+        start(prepare, settings, f"{files}:/etc/mlflow:ro")
+        running.append(start(server, settings, f"{files}:/etc/mlflow:ro", wait=False))
+        until(running[-1], platform.ports["mlflow"])
+        start(download, client | {"MODEL_VERSION": "1"}, f"{model}:/model")
+        listening = {"MLFLOW_HOST": "127.0.0.1", "MLFLOW_PORT": str(port), "OMP_NUM_THREADS": "2"}
+        running.append(start(serving, listening, f"{model}:/model:ro", wait=False))
+        until(running[-1], port)
+        probe = [word.replace(":8080", f":{port}") for word in serving["readinessProbe"]["exec"]["command"]]
+        ready = subprocess.run(["docker", "exec", running[-1], *probe], capture_output=True, text=True)
+        assert (ready.returncode, ready.stderr) == (0, "")
+    finally:
+        for name in running:
+            subprocess.run(["docker", "rm", "--force", name], capture_output=True)
+    while listens(platform.ports["mlflow"]):
+        time.sleep(0.05)
+    platform.start("mlflow")
 
 
 def test_accounts_part_what_their_holders_may_do(platform: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
