@@ -57,7 +57,9 @@ def run(
         return names
     job = trainjob.asked()
     if job and storage.remote(checkpoints):
-        raise FFNError(f"{checkpoints}: a training over several nodes keeps its states on a volume; set FFN_CHECKPOINTS to its folder")
+        raise FFNError(
+            f"{checkpoints}: a training over several nodes keeps its states on a volume; set FFN_CHECKPOINTS to its folder"
+        )
     with (
         tracking.child(parent, key=key, kind="train", names=names) as track,
         storage.mirrored(checkpoints, f"{key}/{STATE}") as (states, keep),
