@@ -138,8 +138,9 @@ def test_the_served_champion_predicts(platform: Parts, monkeypatch: pytest.Monke
 def test_the_pods_run_in_their_image(platform: Parts) -> None:
     """As the manifests say: not root, nothing writable but /tmp and the model's volume, no capabilities."""
     image = os.environ.get("FFN_IMAGE", IMAGE)
-    if not shutil.which("docker") or subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode:
-        pytest.skip(f"no container engine with the image {image}")
+    has = ["docker", "run", "--rm", "--network=none", "--pull=never", image, "python", "-c", "import pipeline.serving, psycopg"]
+    if not shutil.which("docker") or subprocess.run(has, capture_output=True).returncode:
+        pytest.skip(f"no container engine with a present image {image} (make images)")
     made = [pod(named(render(K8S / "overlays" / "prod"), "Deployment", name)) for name in ("mlflow", "serving")]
     (prepare, server), (download, serving) = (containers(one[1]) for one in made if one)
     user = made[0] and made[0][1]["securityContext"]["runAsUser"]
