@@ -38,6 +38,8 @@ GRACE_SECONDS = 10
 """Between asking the steps to end and killing them."""
 AT_ONCE = 2
 """Streams that kfp.local trains at once."""
+KILLED = "killed, by hand or for lack of memory"
+"""What a step that got SIGKILL would say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +295,7 @@ class Steps:
             with self._lock:
                 del self._processes[process]
         if status:
-            failure = StepFailed(step.label, status, last_line(log), log)
+            failure = StepFailed(step.label, status, KILLED if status == 128 + signal.SIGKILL else last_line(log), log)
             if not self.stopped:
                 self.failed.append(failure)
                 self.say(step.label, f"failed after {time.monotonic() - began:.1f} s: {failure.said}")
@@ -326,12 +328,12 @@ class Steps:
             self._end(process, name, number)
 
     def _end(self, process: "subprocess.Popen[str]", name: str, number: int) -> None:
-        if not self.containers:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-        elif number == signal.SIGTERM:
+        if self.containers and number == signal.SIGTERM:
             self.containers.terminate(name)
-        else:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        if self.containers:
             self.containers.kill(name)
 
     def _env(self) -> dict[str, str]:

@@ -91,7 +91,7 @@ def test_every_step_in_a_container_killed_left_behind_then_taken_up_again(image:
     docker("kill", *running(place.workspace, "j"))
     out, err = first.communicate(timeout=300)
     assert first.returncode == 1
-    assert re.match(rf"ffn: error: step train {PROTOCOL}/j failed \(exit status 137\): ", err)
+    assert re.match(rf"ffn: error: step train {PROTOCOL}/j failed \(exit status 137\): killed, ", err)
 
     second = start(place)
     until(second, r"^train \S+/j +started")

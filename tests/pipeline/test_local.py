@@ -99,7 +99,7 @@ def test_killed_in_mid_epoch_then_taken_up_again(place: Laptop) -> None:
     assert first.returncode == 1
     assert re.search(r"^train \S+/j +failed after", out, re.MULTILINE)
     (line,) = err.splitlines()
-    assert re.match(r"ffn: error: step train \S+/j failed \(exit status \d+\): ", line)
+    assert re.match(r"ffn: error: step train \S+/j failed \(exit status 137\): killed, by hand or for lack of memory; ", line)
     assert "Traceback" not in out
     states = statuses(place.client)
     (parent,) = (name for name in states if name.startswith("S4-"))
