@@ -64,8 +64,7 @@ def test_namespaces_enforce_a_security_standard(objects: Objects) -> None:
     }  # fmt: skip
     assert enforced == {"ffn": "restricted", "kubeflow": "baseline"}
     assert {item["metadata"].get("namespace") for item in objects} <= {"ffn", "kubeflow", None}
-    cluster = {item["kind"] for item in objects if not item["metadata"].get("namespace")}
-    assert cluster <= {"Namespace", "ClusterRole", "ClusterRoleBinding"}
+    assert {item["kind"] for item in objects if not item["metadata"].get("namespace")} == {"Namespace"}
 
 
 def test_containers_are_bounded_and_probed(objects: Objects) -> None:
