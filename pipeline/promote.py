@@ -1,14 +1,31 @@
-"""Promotion and rollback by hand: the same code as the pipeline's step."""
+"""Promotion and rollback by hand: the same gate and the same moves as the pipeline's steps."""
 
 import os
+from pathlib import Path
 
 from pipeline.local import Workspace
 
 
-def promote(model: str, *, version: str = "", alias: str = "challenger", reason: str = "by hand", workspace: Workspace) -> str:
-    """Make a version of `model` champion, without asking the gate; returns what happened."""
+def promote(
+    model: str,
+    *,
+    version: str = "",
+    alias: str = "challenger",
+    to: str = "champion",
+    reason: str = "by hand",
+    data: Path | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    workspace: Workspace,
+) -> tuple[bool, str]:
+    """Make `version` of `model`, or the one that `alias` names, what `to` names; whether it was done, and what happened.
+
+    On the way to `champion` the gate decides unless `force` says no; where the champion was measured on other recordings it
+    is measured again on `data`. Any other alias just moves. A `dry_run` says what would happen and changes nothing.
+    """
     os.environ.update(workspace.environment())
     from components import tracking
+    from components.gate.step import decide
     from components.promote.step import promote as move
     from ffn.errors import FFNError
 
@@ -16,7 +33,21 @@ def promote(model: str, *, version: str = "", alias: str = "challenger", reason:
     if not found:
         asked = f"version {version}" if version else f"alias {alias}"
         raise FFNError(f"{model}: no {asked}; registered models: {', '.join(tracking.registered()) or '(none)'}")
-    return move(found, reason)
+    what = f"{model} version {found.number}"
+    if to != "champion":
+        if not dry_run:
+            tracking.point(found, to)
+        return True, f"{what} {'would be' if dry_run else 'is'} {to}"
+    champion = tracking.version(model, alias="champion")
+    if champion and champion.number == found.number:
+        return True, f"{what} is champion already"
+    verdict, why = ("promote", "the gate was not asked") if force else decide(found, champion, data)
+    if verdict != "promote":
+        return False, f"{what} is held: {why}; --force promotes it all the same"
+    if dry_run:
+        return True, f"{what} would be champion: {why}"
+    tracking.mark(found, {"gate": verdict, "gate_reason": why})
+    return True, f"{move(found, reason)}: {why}"
 
 
 def rollback(model: str, *, workspace: Workspace) -> str:

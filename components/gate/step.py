@@ -21,12 +21,12 @@ def run(*, model: str, data: Path) -> str:
     return verdict
 
 
-def decide(challenger: Version, champion: Version | None, data: Path) -> tuple[str, str]:
-    """The verdict on the challenger, and why."""
+def decide(challenger: Version, champion: Version | None, data: Path | None) -> tuple[str, str]:
+    """The verdict on the challenger, and why; without `data` one that cannot measure a champion of other data again."""
     if champion is None:
         return "promote", "there is no champion yet"
     if challenger.tags.get("rolled_back"):
-        return "hold", f"it was rolled back by hand ({challenger.tags['rolled_back']}); promote it by hand"
+        return "hold", f"it was rolled back by hand ({challenger.tags['rolled_back']}); promote it by hand, with --force"
     for what in ("protocol", "layout", "layout_digest", "space", "classes_digest"):
         ours, theirs = challenger.tags.get(what), champion.tags.get(what)
         if ours != theirs:
@@ -34,6 +34,8 @@ def decide(challenger: Version, champion: Version | None, data: Path) -> tuple[s
     top1, best = float(challenger.tags["top1"]), float(champion.tags["top1"])
     where = ""
     if champion.tags["data_digest"] != challenger.tags["data_digest"]:
+        if data is None:
+            return "hold", f"champion version {champion.number} was measured on other data; give the challenger's set to measure it"
         best, where = top1_on(champion, data), f", measured again on data {challenger.tags['data_digest']}"
     verdict, words = ("promote", "not worse than") if top1 >= best else ("hold", "worse than")
     return verdict, f"top1 {100 * top1:.2f} % is {words} {100 * best:.2f} % of champion version {champion.number}{where}"

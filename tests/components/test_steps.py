@@ -35,6 +35,8 @@ from ffn.errors import FFNError
 from ffn.inference import FusedModel
 from ffn.layouts import NTU25
 from ffn.scores import Scores
+from pipeline.local import Workspace
+from pipeline.promote import promote as promote_by_hand
 from tests.components.conftest import TINY
 from tests.components.test_tracking import children
 from tests.conftest import toy_recordings, write_set
@@ -156,7 +158,11 @@ def version(number: int, **tags: str) -> Version:
         ({"top1": "0.9", "classes_digest": "e"}, "hold", "not comparable with champion version 1: classes_digest e against c"),
         ({"top1": "0.9", "layout_digest": "l"}, "hold", "not comparable with champion version 1: layout_digest l against None"),
         ({"top1": "0.9", "space": "2d"}, "hold", "not comparable with champion version 1: space 2d against 3d"),
-        ({"top1": "0.9", "rolled_back": "2026-01-01"}, "hold", "it was rolled back by hand (2026-01-01); promote it by hand"),
+        (
+            {"top1": "0.9", "rolled_back": "2026-01-01"},
+            "hold",
+            "it was rolled back by hand (2026-01-01); promote it by hand, with --force",
+        ),
     ],
 )
 def test_the_gate_lets_through_what_is_not_worse(challenger: dict[str, str], verdict: str, reason: str) -> None:
@@ -186,6 +192,33 @@ def three_versions(store: MlflowClient) -> list[Version]:
 def aliases() -> dict[str, str]:
     found = {alias: tracking.version("ffn-p", alias=alias) for alias in ("champion", "previous")}
     return {alias: version.number for alias, version in found.items() if version}
+
+
+def test_by_hand_the_gate_decides_too(store: MlflowClient, tmp_path: Path) -> None:
+    one, two, three = three_versions(store)
+    same = {"data_digest": "d", "classes_digest": "c"}
+    for each, top1 in ((one, "0.5"), (two, "0.4"), (three, "0.6")):
+        tracking.mark(each, {**same, "top1": top1})
+
+    def by_hand(number: str, **how: Any) -> tuple[bool, str]:
+        return promote_by_hand("ffn-p", version=number, workspace=Workspace(root=tmp_path), **how)
+
+    assert by_hand("1", reason="the first")[0]
+    assert tracking.at(one.uri).tags["promoted_because"] == "the first"
+    done, said = by_hand("2")
+    assert (done, aliases()) == (False, {"champion": "1"})
+    assert "40.00 % is worse than 50.00 %" in said
+    assert by_hand("3", dry_run=True) == (
+        True, "ffn-p version 3 would be champion: top1 60.00 % is not worse than 50.00 % of champion version 1",
+    )  # fmt: skip
+    assert aliases() == {"champion": "1"}
+    assert by_hand("2", force=True)[0]
+    assert aliases() == {"champion": "2", "previous": "1"}
+    assert by_hand("3", to="shadow") == (True, "ffn-p version 3 is shadow")
+    assert by_hand("2") == (True, "ffn-p version 2 is champion already")
+    tracking.mark(three, {"data_digest": "other"})
+    assert "was measured on other data" in by_hand("3")[1]
+    assert aliases() == {"champion": "2", "previous": "1"}
 
 
 def test_promotion_and_rollback_move_the_aliases_once(store: MlflowClient) -> None:
