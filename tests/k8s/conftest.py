@@ -41,8 +41,10 @@ def named(objects: Objects, kind: str, name: str) -> dict[str, Any]:
 
 
 def pod(item: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
-    """Labels and spec of the pods that an object makes; None for one that makes none."""
+    """Labels and spec of the pods that an object makes; None for one that makes none, or leaves them to be completed."""
     spec = item.get("spec", {})
+    if item["kind"] == "TrainingRuntime":
+        return None
     if item["kind"] == "CronJob":
         spec = spec["jobTemplate"]["spec"]
     if item["kind"] == "InferenceService":

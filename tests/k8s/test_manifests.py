@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.settings import Settings
 from tests.k8s.conftest import K8S, OVERLAYS, ROOT, Objects, containers, env_file, named, pod, render
 
 KUBERNETES = ("1.31", "1.34", "1.37")
-CUSTOM = {"InferenceService"}
+CUSTOM = {"InferenceService", "TrainingRuntime"}
 """Kinds that Kubernetes has no schema of."""
 RESTRICTED_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 
@@ -288,3 +289,16 @@ def _peer(peer: dict[str, Any], own: Place, other: Place) -> bool:
     space = {"kubernetes.io/metadata.name": other[0]}
     same = selects(peer["namespaceSelector"], space) if "namespaceSelector" in peer else own[0] == other[0]
     return same and selects(peer.get("podSelector", {}), other[1])
+
+
+def test_the_pods_of_a_trainjob_mount_what_the_steps_mount() -> None:
+    objects = render(K8S / "overlays" / "prod")
+    (job,) = named(objects, "TrainingRuntime", Settings().runtime)["spec"]["template"]["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    where = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert where == {"checkpoints": Settings().checkpoints, "shm": "/dev/shm"}
+    claims = [volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
+    assert claims == [Settings().checkpoints_claim]
+    assert named(objects, "PersistentVolumeClaim", claims[0])
+    assert spec["securityContext"]["runAsNonRoot"]
