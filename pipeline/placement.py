@@ -40,7 +40,7 @@ def place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
         launches = step == "train" and settings.nodes > 1
         if launches:
             task.set_env_variable(TRAINJOB, json.dumps(trainjob(settings), sort_keys=True))
-        _resources(task, settings, heavy=step in HEAVY, launches=launches)
+        _resources(task, settings, step, launches=launches)
         _pod(task, settings, step)
     return task
 
@@ -59,10 +59,10 @@ def trainjob(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _resources(task: dsl.PipelineTask, settings: Settings, *, heavy: bool, launches: bool) -> None:
+def _resources(task: dsl.PipelineTask, settings: Settings, step: str, *, launches: bool) -> None:
     """A step that launches a training of several nodes is light itself, but waits as long as it."""
-    limit = HOUR * (settings.hours if heavy else settings.light_hours)
-    heavy = heavy and not launches
+    limit = HOUR * (settings.hours if step in HEAVY else settings.light_hours)
+    heavy = step in HEAVY and not launches
     cpu, memory = (settings.cpu, settings.memory) if heavy else (settings.light_cpu, settings.light_memory)
     task.set_cpu_limit(cpu).set_memory_limit(memory)
     task.set_cpu_request(cpu if heavy else LIGHT_REQUEST["cpu"])
@@ -75,7 +75,7 @@ def _resources(task: dsl.PipelineTask, settings: Settings, *, heavy: bool, launc
     if not heavy:
         return
     if settings.gpus:
-        task.set_accelerator_type(settings.gpu).set_accelerator_limit(settings.gpus)
+        task.set_accelerator_type(settings.gpu).set_accelerator_limit(settings.gpus if step == "train" else 1)
     # The 64 MiB of a container's own are too few for the processes of one training to talk through.
     kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=settings.shm)
     for label, wanted in settings.node_selector.items():

@@ -67,7 +67,7 @@ class Settings:
     gpu: str = "nvidia.com/gpu"
     """Kind of accelerator: the name of the resource that nodes offer."""
     gpus: int = 1
-    """Accelerators of a heavy step; 0 for none."""
+    """Accelerators of a training; an evaluation takes one; 0 for none."""
     node_selector: Mapping[str, str] = field(default_factory=dict)
     """Labels of the nodes for heavy steps; `key=value`, with commas between."""
     tolerations: tuple[Toleration, ...] = ()

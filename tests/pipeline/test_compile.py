@@ -104,10 +104,10 @@ def test_sixteen_trainings_ask_for_gpus_two_of_a_protocol_at_once(spec: Spec) ->
         executor: (step, count, at_once, spec.executors[executor]["container"]["resources"].get("accelerator"))
         for step, executor, count, at_once, _ in spec.tasks()
     }
-    gpus = {"type": "nvidia.com/gpu", "resourceType": "nvidia.com/gpu", "count": "2", "resourceCount": "2"}
-    for kind in ("train", "evaluate"):
+    for kind, count in (("train", "2"), ("evaluate", "1")):
+        gpus = {"type": "nvidia.com/gpu", "resourceType": "nvidia.com/gpu", "count": count, "resourceCount": count}
         of = [row for row in asked.values() if row[0] == kind]
-        assert sum(count for _, count, _, _ in of) == len(NTU_PROTOCOLS) * len(STREAMS) == 16
+        assert sum(number for _, number, _, _ in of) == len(NTU_PROTOCOLS) * len(STREAMS) == 16
         assert {at_once for _, _, at_once, _ in of} == {2}
         assert all(accelerator == gpus for *_, accelerator in of)
     assert not any(row[3] for row in asked.values() if row[0] not in ("train", "evaluate"))

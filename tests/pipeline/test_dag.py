@@ -66,7 +66,7 @@ def test_a_cluster_is_asked_for_gpus_where_they_are_used(spec: dict[str, Any]) -
         for name, of in tasks(spec).items()
         if "executorLabel" in spec["components"][of[0]["componentRef"]["name"]]
     }
-    assert asked == {name: {"2" if name in ("train", "evaluate") else "0"} for name in asked}
+    assert asked == {name: {{"train": "2", "evaluate": "1"}.get(name, "0")} for name in asked}
     assert len(asked) == 9
 
 
