@@ -295,7 +295,9 @@ class Steps:
             with self._lock:
                 del self._processes[process]
         if status:
-            failure = StepFailed(step.label, status, KILLED if status == 128 + signal.SIGKILL else last_line(log), log)
+            failure = StepFailed(
+                step.label, status, KILLED if status in (128 + signal.SIGKILL, -signal.SIGKILL) else last_line(log), log
+            )
             if not self.stopped:
                 self.failed.append(failure)
                 self.say(step.label, f"failed after {time.monotonic() - began:.1f} s: {failure.said}")
