@@ -35,7 +35,7 @@ def run(scale: Scale) -> Iterator[Row]:
             ("S0", "S0", "ST-GCN as MMAction2 writes it", None),
         ):
             yield compare(
-                f"training step, {mine}", steps[mine], plain_steps[theirs],
+                f"training step, {mine} beside plain {theirs}", steps[mine], plain_steps[theirs],
                 reference=said, repeats=REPEATS[scale], target=target,
             )  # fmt: skip
         clips = torch.randn(SHAPES[scale])

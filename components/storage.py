@@ -107,7 +107,7 @@ def fetch(uri: str, file: Path) -> bool:
     place, client = Place.parse(uri), _client()
 
     def attempt() -> bool:
-        pointer = _pointer(client, place)
+        pointer = _pointer(client, place, looks=2)
         if pointer is None:
             return False
         with publishing(file) as partial:
@@ -261,18 +261,22 @@ def _publish(client: Any, place: Place, file: Path) -> None:
             client.delete_object(Bucket=place.bucket, Key=other)
 
 
-def _pointer(client: Any, place: Place) -> dict[str, Any] | None:
+def _pointer(client: Any, place: Place, *, looks: int = 1) -> dict[str, Any] | None:
+    """The pointer; None where `looks` find none: stores over plain files (rclone) lose it for a moment while it is written anew."""
     try:
         text = client.get_object(Bucket=place.bucket, Key=f"{place.key}.json")["Body"].read()
-    except ClientError as error:
-        if error.response["Error"]["Code"] in _ABSENT:
-            return None
-        raise
-    try:
         said = json.loads(text)
         return {name: said[name] for name in ("object", "size", "sha256")}
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in _ABSENT:
+            raise
+        if looks == 1:
+            return None
     except (ValueError, KeyError, TypeError):
-        raise FFNError(f"{place}.json: not a pointer to a published file; remove it, or name another folder") from None
+        if looks == 1:
+            raise FFNError(f"{place}.json: not a pointer to a published file; remove it, or name another folder") from None
+    time.sleep(PAUSE_SECONDS / 4)
+    return _pointer(client, place, looks=looks - 1)
 
 
 def _download(client: Any, bucket: str, key: str, file: Path) -> None:
