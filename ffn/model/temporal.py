@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class TCN(nn.Module):
@@ -58,9 +59,14 @@ class MSFTCN(nn.Module):
         for conv, group in zip(self.dilated, groups, strict=True):
             y = conv(group)
             branches.append(y + branches[-1] if branches else y)
-        branches += [self.max_pool(to_max), self.mean_pool(to_mean), self.point(to_point)]
+        branches += [self.max_pool(to_max), self.mean_pool(to_mean), self._pointwise(to_point)]
         fused: Tensor = self.fuse(torch.cat(branches, 1))
         return fused
+
+    def _pointwise(self, x: Tensor) -> Tensor:
+        """`point`, its stride taken first: oneDNN's strided 1x1 convolution of few channels writes past its memory (torch 2.13)."""
+        strided = x[:, :, :: self.point.stride[0]].contiguous(memory_format=torch.channels_last)
+        return functional.conv2d(strided, self.point.weight, self.point.bias)
 
 
 def temporal_conv(channels: int, *, kernel: int, stride: int, dilation: int = 1) -> nn.Conv2d:
