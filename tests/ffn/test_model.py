@@ -1,5 +1,7 @@
 """The network against a plain reference of its modules; its counts are tested with the paper's rows."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -184,3 +186,20 @@ def test_drop_attention_hides_what_stands_out():
     assert not list(module.parameters())
     flat = module.train()(torch.ones(2, 4, 6, 5), tensor)
     assert torch.equal(flat, torch.ones(2, 4, 6, 5)), "an absent person has nothing that stands out"
+
+
+@pytest.mark.slow
+def test_narrow_networks_train_on_two_threads_with_batches_of_two_sizes():
+    """In a process of its own: what this guards against ends the process (oneDNN's strided 1x1 convolution of two channels)."""
+    code = """
+import torch
+from dataclasses import replace
+from ffn.config import PRESETS
+from ffn.layouts import KINECT20
+from ffn.model.network import build
+torch.set_num_threads(2)
+network = build(replace(PRESETS["S4"].model, width=16, depths=(1, 1)), KINECT20, 10)
+for step in range(60):
+    network(torch.randn(15 + step % 2, 1, 32, 20, 3)).square().sum().backward()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
