@@ -7,6 +7,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,8 @@ def _batch(scale: Scale, scratch: Path) -> Iterator[Row]:
                 require_close("plain ST-GCN", recogniser.probabilities(recordings), expected, rtol=0, atol=1e-4)
             yield compare(
                 f"{name} exported, ONNX Runtime, batch {BATCH}, two persons",
-                lambda recogniser=recogniser: recogniser.probabilities(recordings),  # type: ignore[misc]
-                lambda: _forward(plain, clips),
+                partial(recogniser.probabilities, recordings),
+                partial(_forward, plain, clips),
                 reference="plain ST-GCN, torch eager",
                 repeats=REPEATS[scale],
                 target=target,
@@ -86,9 +87,7 @@ def _windows(scale: Scale, scratch: Path) -> Iterator[Row]:
             what = f"{name}, {'4s' if len(streams) > 1 else 'j'}, window of {frames}, {persons} person{'s' * (persons - 1)}"
             with threads(1):
                 ours, theirs = latencies(
-                    lambda recogniser=recogniser, window=window: recogniser.probabilities(window),  # type: ignore[misc]
-                    lambda model=model, window=window: model.predict(window, SIZE),  # type: ignore[misc]
-                    WINDOWS[scale],
+                    partial(recogniser.probabilities, window), partial(model.predict, window, SIZE), WINDOWS[scale]
                 )
                 for percent in (50, 99):
                     mine, other = (float(np.percentile(x, percent)) for x in (ours, theirs))

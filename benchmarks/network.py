@@ -27,8 +27,8 @@ def run(scale: Scale) -> Iterator[Row]:
         require_same(name)
         reference.take(plain[name], ours[name])
     with threads(2):
-        steps = {name: training_step(ours[name], PRESETS[name], scale) for name in ours}
-        plain_steps = {name: training_step(plain[name], PRESETS[name], scale) for name in ours}
+        steps = {name: training_step(ours[name], PRESETS[name], SHAPES[scale]) for name in ours}
+        plain_steps = {name: training_step(plain[name], PRESETS[name], SHAPES[scale]) for name in ours}
         for mine, theirs, said, target in (
             ("S4", "S0", "ST-GCN as MMAction2 writes it", 1 / 0.85),
             ("S4", "S4", "S4 written plainly", None),
@@ -50,8 +50,8 @@ def workloads(scale: Scale) -> Mapping[str, Callable[[], object]]:
     """A training step of S4 and of plain ST-GCN."""
     torch.set_num_threads(2)
     return {
-        "S4": training_step(network("S4"), PRESETS["S4"], scale),
-        "plain ST-GCN": training_step(reference_network("S0"), PRESETS["S0"], scale),
+        "S4": training_step(network("S4"), PRESETS["S4"], SHAPES[scale]),
+        "plain ST-GCN": training_step(reference_network("S0"), PRESETS["S0"], SHAPES[scale]),
     }
 
 
@@ -94,10 +94,10 @@ def gradients(ours: nn.Module, plain: reference.Skeleton) -> Iterator[tuple[str,
         yield name, mine[name], value.grad
 
 
-def training_step(made: nn.Module, config: Config, scale: Scale) -> Callable[[], object]:
-    """Forward, the preset's loss in its last epoch, backward and an SGD step on the same random clips every time."""
+def training_step(made: nn.Module, config: Config, shape: tuple[int, ...]) -> Callable[[], object]:
+    """Forward, the preset's loss in its last epoch, backward and an SGD step on the same random clips (`shape`) every time."""
     generator = torch.Generator().manual_seed(1)
-    clips = torch.randn(SHAPES[scale], generator=generator)
+    clips = torch.randn(shape, generator=generator)
     labels = torch.randint(CLASSES, (len(clips),), generator=generator)
     recipe = config.training
     optimizer = torch.optim.SGD(

@@ -1,9 +1,10 @@
-"""How cost grows: ingesting, opening and sampling against samples, frames, persons and batch."""
+"""How cost grows: ingesting, opening, sampling and a training step against samples, frames, persons and batch."""
 
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import data
+from benchmarks import data, network
 from benchmarks.harness import Row, Scale, measured, threads, timed
+from ffn.config import PRESETS
 from ffn.data.sampler import Sampler
 from ffn.data.store import SkeletonSet
 
@@ -28,7 +30,7 @@ STEEPEST = 1.15
 def run(scale: Scale) -> Iterator[Row]:
     """Every point, and for every line the slope of its upper half: 1 is linear, 0 constant."""
     lines: dict[str, list[tuple[int, Row]]] = {}
-    for line, x, row in _points(scale):
+    for line, x, row in chain(_data_points(scale), _network_points(scale)):
         lines.setdefault(line, []).append((x, row))
         yield row
     for line, points in lines.items():
@@ -57,10 +59,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def _points(scale: Scale) -> Iterator[tuple[str, int, Row]]:
-    def point(line: str, x: int, values: Sequence[float], unit: str) -> tuple[str, int, Row]:
-        return line, x, measured(f"{line} = {x}", values, unit)
+def point(line: str, x: int, values: Sequence[float], unit: str) -> tuple[str, int, Row]:
+    return line, x, measured(f"{line} = {x}", values, unit)
 
+
+def _data_points(scale: Scale) -> Iterator[tuple[str, int, Row]]:
     with tempfile.TemporaryDirectory() as scratch, threads(1):
         source, out = Path(scratch) / "set.pkl", Path(scratch) / "set.arrow"
         for samples in SIZES[scale]:
@@ -79,6 +82,22 @@ def _points(scale: Scale) -> Iterator[tuple[str, int, Row]]:
         for persons in (1, 2):
             batches = _batches(_clipped(made, persons=persons), 64, two)
             yield point("batch of 64 pairs against persons", persons, batches, "ms")
+
+
+def _network_points(scale: Scale) -> Iterator[tuple[str, int, Row]]:
+    made, config = network.network("S4"), PRESETS["S4"]
+    shapes: dict[str, dict[int, tuple[int, int, int]]] = {  # (N, M, T)
+        "clips": {clips: (clips, 2, 100) for clips in (2, 4, 8, 16)},
+        "frames": {frames: (4, 2, frames) for frames in (25, 50, 100, 200)},
+        "persons": {persons: (4, persons, 100) for persons in (1, 2, 4)},
+    }
+    with threads(2):
+        for of, sizes in shapes.items():
+            for x, shape in sizes.items() if scale != "toy" else [(2, (2, 1, 16)), (4, (4, 1, 16))]:
+                clips = (*shape, 17, 3)
+                step = network.training_step(made, config, clips)
+                yield point(f"step of S4 against {of}", x, [1e3 * timed(step) for _ in range(7)][2:], "ms")
+                yield point(f"kept by S4 against {of}", x, [network.kept(made, torch.randn(clips))], "MB")
 
 
 def _ingest_and_open(source: Path, out: Path) -> tuple[float, float, float]:

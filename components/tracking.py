@@ -184,8 +184,8 @@ class Child:
         return next((str(model.model_uri) for model in logged if model.status == LoggedModelStatus.READY), None)
 
 
-def begin(name: str, inputs: Mapping[str, object]) -> str:
-    """The parent run of the pipeline run called `name`: found by its tag, or else created. Returns its id.
+def begin(name: str, inputs: Mapping[str, object], facts: Mapping[str, object] | None = None) -> str:
+    """The parent run of the pipeline run called `name`, with its `facts`: found by its tag, or else created. Returns its id.
 
     Where KFP's MLflow plugin made a run for this pipeline run and injected it, that one is the parent. Raises `FFNError`
     where the run called `name` was begun with other inputs, and leaves it as it is.
@@ -198,7 +198,7 @@ def begin(name: str, inputs: Mapping[str, object]) -> str:
     run_id = found or client.create_run(_experiment(client), run_name=name).info.run_id
     client.set_tag(run_id, RUN, name)
     client.update_run(run_id, "RUNNING")
-    Child(id=run_id, client=client).params(inputs)
+    Child(id=run_id, client=client).params({**inputs, **(facts or {})})
     return str(run_id)
 
 

@@ -18,6 +18,4 @@ def run(
         "seeds": " ".join(map(str, seeds)),
         "overrides": " ".join(overrides),
     }
-    parent = tracking.begin(name, inputs)
-    tracking.parent(name).params({"source": source})
-    return parent
+    return tracking.begin(name, inputs, {"source": source})

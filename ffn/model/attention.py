@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ffn.model.common import NormedConv2d
+
 
 class MSCAM(nn.Module):
     """MS-CAM: channel attention at two scales, local (every frame and joint) and global (their mean).
@@ -47,9 +49,9 @@ class CVSTA(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.enter = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Hardswish())
-        self.frames = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Sigmoid())
-        self.joints = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Sigmoid())
+        self.enter = nn.Sequential(NormedConv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Hardswish())
+        self.frames = nn.Sequential(NormedConv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Sigmoid())
+        self.joints = nn.Sequential(NormedConv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Sigmoid())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         means = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)], 2)
@@ -100,7 +102,7 @@ class AFF(nn.Module):
         self.align: nn.Module = nn.Identity()
         if stride > 1:
             self.align = nn.Sequential(
-                nn.Conv2d(channels, channels, (5, 1), (stride, 1), (2, 0)),
+                NormedConv2d(channels, channels, (5, 1), (stride, 1), (2, 0)),
                 nn.BatchNorm2d(channels),
             )
 
@@ -111,9 +113,9 @@ class AFF(nn.Module):
 
 def _bottleneck(channels: int, reduction: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(channels, channels // reduction, 1),
+        NormedConv2d(channels, channels // reduction, 1),
         nn.BatchNorm2d(channels // reduction),
         nn.ReLU(),
-        nn.Conv2d(channels // reduction, channels, 1),
+        NormedConv2d(channels // reduction, channels, 1),
         nn.BatchNorm2d(channels),
     )

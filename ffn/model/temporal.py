@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from ffn.model.common import NormedConv2d
 
 
 class TCN(nn.Module):
@@ -36,18 +37,18 @@ class MSFTCN(nn.Module):
             raise ValueError(f"MSF-TCN splits its channels into eight groups, got {channels}")
         width = channels // 8
         self.enter = nn.Sequential(
-            nn.Conv2d(7 * width, 7 * width, 1, groups=7),
+            NormedConv2d(7 * width, 7 * width, 1, groups=7),
             nn.BatchNorm2d(7 * width),
             nn.ReLU(),
         )
         self.dilated = nn.ModuleList(temporal_conv(width, kernel=3, stride=stride, dilation=d) for d in self.DILATIONS)
         self.max_pool = nn.MaxPool2d((3, 1), (stride, 1), (1, 0))
         self.mean_pool = nn.AvgPool2d((3, 1), (stride, 1), (1, 0))
-        self.point = nn.Conv2d(width, width, 1, (stride, 1))
+        self.point = NormedConv2d(width, width, 1, (stride, 1))
         self.fuse = nn.Sequential(
             nn.BatchNorm2d(channels),
             nn.ReLU(),
-            nn.Conv2d(channels, channels, 1),
+            NormedConv2d(channels, channels, 1),
             nn.BatchNorm2d(channels),
         )
 
@@ -59,20 +60,15 @@ class MSFTCN(nn.Module):
         for conv, group in zip(self.dilated, groups, strict=True):
             y = conv(group)
             branches.append(y + branches[-1] if branches else y)
-        branches += [self.max_pool(to_max), self.mean_pool(to_mean), self._pointwise(to_point)]
+        branches += [self.max_pool(to_max), self.mean_pool(to_mean), self.point(to_point)]
         fused: Tensor = self.fuse(torch.cat(branches, 1))
         return fused
 
-    def _pointwise(self, x: Tensor) -> Tensor:
-        """`point`, its stride taken first: oneDNN's strided 1x1 convolution of few channels writes past its memory (torch 2.13)."""
-        strided = x[:, :, :: self.point.stride[0]].contiguous(memory_format=torch.channels_last)
-        return functional.conv2d(strided, self.point.weight, self.point.bias)
 
-
-def temporal_conv(channels: int, *, kernel: int, stride: int, dilation: int = 1) -> nn.Conv2d:
+def temporal_conv(channels: int, *, kernel: int, stride: int, dilation: int = 1) -> NormedConv2d:
     """A convolution over frames that keeps T at stride 1; Kaiming fan-out as MMAction2 initialises it."""
     padding = dilation * (kernel - 1) // 2
-    conv = nn.Conv2d(channels, channels, (kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
+    conv = NormedConv2d(channels, channels, (kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)

@@ -12,9 +12,10 @@ from ffn.config import PRESETS, ModelConfig
 from ffn.errors import FFNError
 from ffn.layouts import COCO17, KINECT20, NTU25
 from ffn.model.attention import AFF, CVSTA, DropAttention, MSCAMGate
+from ffn.model.common import NormedConv2d
 from ffn.model.graph import spatial_adjacency
 from ffn.model.network import RIVALS, Network, build
-from ffn.model.spatial import SpatialShift, aggregate
+from ffn.model.spatial import SpatialShift, aggregate, graph_conv
 from ffn.model.temporal import MSFTCN
 
 
@@ -70,6 +71,40 @@ def test_aggregate_is_the_einsum():
     expected = torch.einsum("bsctv,svw->bctw", x.view(4, 3, 6, 5, 17), adjacency)
     torch.testing.assert_close(aggregate(x, adjacency), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(aggregate(x.to(memory_format=torch.channels_last), adjacency), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [(3, 8), (8, 8), (8, 4)])
+def test_graph_conv_is_the_convolution_then_the_graph_whichever_comes_first(wide, narrow):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(wide, 3 * narrow, 1).double()
+    adjacency = torch.rand(3, 5, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, wide, 7, 5, dtype=torch.float64, requires_grad=True)
+    parts = conv(x).view(2, 3, narrow, 7, 5)
+    expected = torch.einsum("bsctv,svw->bctw", parts, adjacency)
+    assert torch.allclose(graph_conv(x, conv, adjacency), expected, atol=1e-12)
+    weights = torch.randn_like(expected)
+    of = (x, adjacency, conv.weight, conv.bias)
+    ours = torch.autograd.grad((graph_conv(x, conv, adjacency) * weights).sum(), of)
+    for mine, other in zip(ours, torch.autograd.grad((expected * weights).sum(), of), strict=True):
+        assert torch.allclose(mine, other, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "shape", [{"kernel_size": (3, 1), "padding": (1, 0), "stride": (2, 1)}, {"kernel_size": 1, "stride": (2, 1)}]
+)
+def test_before_a_batch_norm_a_bias_has_no_gradient(shape):
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(NormedConv2d(4, 6, **shape), torch.nn.BatchNorm2d(6)).double()
+    plain = torch.nn.Sequential(torch.nn.Conv2d(4, 6, **shape), torch.nn.BatchNorm2d(6)).double()
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 4, 9, 5, dtype=torch.float64)
+    for network in (ours, plain):
+        network(x).square().mul(torch.arange(6).view(1, 6, 1, 1)).tanh().sum().backward()
+    for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine.grad, other.grad, atol=1e-12)
+    assert torch.equal(ours[0].bias.grad, torch.zeros(6))
+    assert torch.allclose(ours[1].running_mean, plain[1].running_mean)
+    assert torch.allclose(ours.eval()(x), plain.eval()(x))
 
 
 def test_spatial_shift_is_equation_2():

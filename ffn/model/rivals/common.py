@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from ffn.errors import FFNError
 from ffn.layouts import Layout
+from ffn.model.common import NormedConv2d
 from ffn.model.temporal import temporal_conv
 
 
@@ -73,13 +74,13 @@ class TemporalBranches(nn.Module):
         width = out_channels // (len(dilations) + 2)
         self.widths = [out_channels - width * (len(dilations) + 1), *[width] * len(dilations)]
         entered = sum(self.widths)
-        self.enter = nn.Sequential(nn.Conv2d(in_channels, entered, 1), nn.BatchNorm2d(entered), nn.ReLU())
+        self.enter = nn.Sequential(NormedConv2d(in_channels, entered, 1), nn.BatchNorm2d(entered), nn.ReLU())
         self.dilated = nn.ModuleList(
             temporal_conv(channels, kernel=kernel, stride=stride, dilation=dilation)
             for channels, dilation in zip(self.widths, dilations, strict=False)
         )
         self.max_pool = nn.MaxPool2d((3, 1), (stride, 1), (1, 0))
-        self.point = nn.Conv2d(in_channels, width, 1, (stride, 1))
+        self.point = NormedConv2d(in_channels, width, 1, (stride, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         *groups, to_max = self.enter(x).split(self.widths, 1)

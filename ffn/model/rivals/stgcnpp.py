@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from ffn.layouts import Layout
-from ffn.model.common import channels_last_, shortcut
+from ffn.model.common import NormedConv2d, channels_last_, shortcut
 from ffn.model.rivals.common import Block, Head, TemporalBranches, directed_adjacency, ten_blocks
-from ffn.model.spatial import aggregate
+from ffn.model.spatial import graph_conv
 
 
 class STGCNPP(nn.Module):
@@ -55,7 +55,7 @@ class ResidualGCN(nn.Module):
         self.residual = shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.norm(aggregate(self.conv(x), self.adjacency)) + self.residual(x))
+        return torch.relu(self.norm(graph_conv(x, self.conv, self.adjacency)) + self.residual(x))
 
 
 class MSTCN(nn.Sequential):
@@ -69,6 +69,6 @@ class MSTCN(nn.Sequential):
             TemporalBranches(channels, channels, kernel=3, dilations=(1, 2, 3, 4), stride=stride),
             nn.BatchNorm2d(channels),
             nn.ReLU(),
-            nn.Conv2d(channels, channels, 1),
+            NormedConv2d(channels, channels, 1),
             nn.BatchNorm2d(channels),
         )

@@ -180,6 +180,27 @@ def test_colour_that_is_not_finite_matters_in_2d_only(skeleton, body):
         ntu.keypoints(text, "2d", NAME)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"1 2\r\n3  4\t\n\n5 ",
+        b"+1 1_0 .5 5. 1e5 -0",
+        b"nan inf -Infinity",
+        b"1e400 1e-400",
+        b"72057594037932171 0.1",
+        b"1\x0b2\x0c3",
+    ],
+)
+def test_numbers_are_pythons(text):
+    assert np.array_equal(ntu._numbers(text), [float(part) for part in text.split()], equal_nan=True)
+
+
+@pytest.mark.parametrize("text", [b"x", b"1,5", b"1\x002", b"1\xa02", b"\xef\xbb\xbf1 2", b"1\xc3\xa42"])
+def test_what_is_no_number(text):
+    with pytest.raises(ValueError, match="could not convert"):
+        ntu._numbers(text)
+
+
 @pytest.mark.parametrize("text", [b"", b" \r\n"])
 def test_empty_file(text):
     with pytest.raises(Unusable, match=f"{NAME}: empty file: {len(text)} bytes"):
