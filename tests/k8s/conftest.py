@@ -41,10 +41,14 @@ def named(objects: Objects, kind: str, name: str) -> dict[str, Any]:
 
 
 def pod(item: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
-    """Labels and spec of the pods that an object makes; None for one that makes none, or leaves them to be completed."""
+    """Labels and spec of the pods that an object makes; None for one that makes none.
+
+    Those of a TrainingRuntime have neither image nor resources: a TrainJob adds them.
+    """
     spec = item.get("spec", {})
     if item["kind"] == "TrainingRuntime":
-        return None
+        (job,) = spec["template"]["spec"]["replicatedJobs"]
+        spec = job["template"]["spec"]
     if item["kind"] == "CronJob":
         spec = spec["jobTemplate"]["spec"]
     if item["kind"] == "InferenceService":
