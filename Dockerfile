@@ -58,7 +58,8 @@ CMD ["ffn", "version"]
 HEALTHCHECK NONE
 
 FROM runtime AS gpu
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Which GPUs a container sees is the engine's to say: an image that asks for all gets them in pods that asked for none, too.
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=gpu-dependencies /opt/ffn /opt/ffn
 COPY --from=application /application /opt/ffn
 ARG COMMIT=unknown
