@@ -73,7 +73,10 @@ def build(
 
 
 def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: str, seed: int, compared: bool) -> Any:
-    """One protocol's box: train and evaluate every stream, fuse; register, and promote what is not worse, unless `compared`."""
+    """One protocol's box: train and evaluate every stream, fuse; register, and promote what is not worse, unless `compared`.
+
+    The settings may leave promotion to a person: then the gate says what it thinks, and nothing moves.
+    """
 
     @dsl.pipeline(name=f"{protocol}-{preset}-seed{seed}" if compared else protocol)
     def box(data: dsl.Input[dsl.Dataset], name: str, overrides: list[str], parent: str) -> None:
@@ -93,9 +96,10 @@ def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: s
             name=name, job=JOB, parent=parent,
         )  # fmt: skip
         verdict = gate(model=registered.output, data=data)
-        with dsl.If(verdict.output == "promote", name="not worse"):
-            promoted = promote(model=registered.output)
-        for task in (registered, verdict, promoted):
+        for task in (registered, verdict):
             place(task, settings)
+        if settings.promote:
+            with dsl.If(verdict.output == "promote", name="not worse"):
+                place(promote(model=registered.output), settings)
 
     return box

@@ -94,6 +94,8 @@ class Settings:
     """Time limit of one attempt of a heavy step; waiting for a node does not count."""
     light_hours: int = 6
     """Time limit of one attempt of a light step."""
+    promote: bool = True
+    """Whether a run makes a model that is not worse the champion itself; else it stays challenger until a person promotes it."""
     local: bool = False
     """Compiled for this machine: no resources are asked for, and every step with an output worth keeping is cached."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -108,6 +110,8 @@ class Settings:
             text = os.environ.get(name)
             if text is None or item.name in ("local", "environment"):
                 continue
+            if item.type is bool and text not in ("0", "1"):
+                raise FFNError(f"{name}={text!r}: expected 0 or 1")
             if item.type is int and not text.isdigit():
                 raise FFNError(f"{name}={text!r}: expected a whole number")
             if item.name in ("shm", "cpu", "memory", "light_cpu", "light_memory") and not QUANTITY.fullmatch(text):
@@ -117,7 +121,7 @@ class Settings:
             elif item.name == "node_selector":
                 given[item.name] = _pairs(name, text)
             else:
-                given[item.name] = int(text) if item.type is int else text
+                given[item.name] = item.type(int(text)) if item.type in (int, bool) else text
         passed = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
         for name, value in passed.items():
             if urlsplit(value).password:

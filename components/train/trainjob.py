@@ -189,8 +189,16 @@ def train(
         with publishing_folder(out) as partial:
             shutil.copytree(folder / "out", partial, dirs_exist_ok=True)
     finally:
-        cluster.delete(name)
+        _let_go(cluster, name)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _let_go(cluster: Cluster, name: str) -> None:
+    """Delete the job; where the cluster does not let us, that is said, and what went wrong before is what the step ends with."""
+    try:
+        cluster.delete(name)
+    except FFNError as error:
+        say(f"TrainJob {name} was not deleted: {error}")
 
 
 def manifest(name: str, folder: Path, spec: Json) -> Json:

@@ -214,6 +214,15 @@ def test_a_failed_job_fails_the_step_and_is_cleared_away(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_step_that_may_do_nothing_says_what_it_wanted_first(
+    kube: FakeKubernetes, cluster: Cluster, toy: SkeletonSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kube.troubles = [403, 403]
+    with pytest.raises(FFNError, match=f"the cluster refuses POST {JOBS[1:]}: 403"):
+        by_job(cluster, toy, tmp_path)
+    assert "TrainJob ffn-0123456789abcdef was not deleted: the cluster refuses DELETE" in capsys.readouterr().out
+
+
 def test_a_cluster_without_trainer_is_named(kube: FakeKubernetes, cluster: Cluster) -> None:
     kube.troubles = [404]
     with pytest.raises(FFNError, match="404 trouble; is Kubeflow Trainer installed"):

@@ -48,6 +48,18 @@ def test_who_changes_production_is_asked() -> None:
     assert job["environment"] == "production"
 
 
+def test_a_pull_request_trains_its_own_code_and_makes_no_champion() -> None:
+    jobs = read(ROOT / ".github/workflows/pipeline.yml")["jobs"]
+    (compiling,) = [step["env"] for step in jobs["run"]["steps"] if "ffn compile" in step.get("run", "")]
+    assert compiling["FFN_IMAGE"] == "${{ needs.image.outputs.image }}"
+    assert compiling["FFN_PROMOTE"] == "0"
+    head = "${{ github.event.pull_request.head.sha || github.sha }}"
+    (built,) = [step["with"] for step in jobs["image"]["steps"] if "actions/checkout@" in step.get("uses", "")]
+    (compiled,) = [step["with"] for step in jobs["run"]["steps"] if "actions/checkout@" in step.get("uses", "")]
+    assert (jobs["image"]["env"]["COMMIT"], compiled["ref"], jobs["run"]["env"]["NAME"]) == (head, head, f"ci-{head}")
+    assert built["ref"] == "${{ env.COMMIT }}"
+
+
 def test_workflows_and_docs_give_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
     """Every `ffn ...` of the workflows and the operations page, as the command line reads it."""
     scripts = "\n".join(step["run"] for path in WORKFLOWS for step in steps(read(path)) if "run" in step)

@@ -168,6 +168,15 @@ def test_states_in_an_object_store_need_no_volume(monkeypatch: pytest.MonkeyPatc
     assert "s3://states/ffn" in (tmp_path / "pipeline.yaml").read_text()
 
 
+def test_promotion_may_be_left_to_a_person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_up(monkeypatch)
+    monkeypatch.setenv("FFN_PROMOTE", "0")
+    assert main(["compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 0
+    steps = {step for step, *_ in Spec(tmp_path / "pipeline.yaml").tasks()}
+    assert "gate" in steps
+    assert "promote" not in steps
+
+
 def test_heavy_steps_run_on_chosen_nodes_with_memory_to_share(spec: Spec) -> None:
     for step, executor, *_ in spec.tasks():
         pod = spec.pods[executor]
@@ -199,6 +208,7 @@ def test_a_private_authority_is_trusted_by_both_clients(spec: Spec) -> None:
         ("FFN_NODE_SELECTOR", "pool", "FFN_NODE_SELECTOR: 'pool': expected KEY=VALUE"),
         ("FFN_MEMORY", "32 GB", "FFN_MEMORY='32 GB': expected a quantity"),
         ("FFN_HOURS", "1.5", "FFN_HOURS='1.5': expected a whole number"),
+        ("FFN_PROMOTE", "no", "FFN_PROMOTE='no': expected 0 or 1"),
         ("MLFLOW_TRACKING_URI", "http://a:b@mlflow", "MLFLOW_TRACKING_URI holds a password"),
     ],
 )
