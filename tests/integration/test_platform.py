@@ -240,7 +240,8 @@ def test_a_backup_is_restored_into_an_empty_server(platform: Parts, recordings: 
     platform.run("pg_dump", "--format=custom", f"--file={dump}")
     platform.stop("mlflow")
     platform.run("createdb", "restored", database="postgres")
-    platform.run("pg_restore", "--no-owner", "--exit-on-error", "--dbname=restored", str(dump))
+    platform.run(*platform.command("prepare"), database="restored")  # as a fresh installation did
+    platform.run("pg_restore", "--no-owner", "--clean", "--if-exists", "--exit-on-error", "--dbname=restored", str(dump))
     platform.run("dropdb", "--force", platform.settings("mlflow")["PGDATABASE"], database="postgres")
 
     platform.start("mlflow", PGDATABASE="restored")
