@@ -234,6 +234,20 @@ def test_keys_that_the_store_does_not_know_are_refused(platform: Parts, monkeypa
     assert set(stored(platform)) - set(objects) == {f"1/{run.info.run_id}/artifacts/text.txt"}
 
 
+def test_deleted_runs_give_their_room_back(platform: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command of docs/operations.md."""
+    mlflow = client(platform, monkeypatch)
+    run = mlflow.create_run(mlflow.get_experiment_by_name("ffn").experiment_id)
+    mlflow.log_text(run.info.run_id, "text", "text.txt")
+    objects = stored(platform)
+    mlflow.delete_run(run.info.run_id)
+    (command,) = re.findall(r"sh -c '(MLFLOW_TRACKING_URI=[^']*)'", (ROOT / "docs" / "operations.md").read_text())
+    command = command.replace("http://127.0.0.1:5000", platform.uri).replace(" --older-than 30d", "")
+    subprocess.run(["sh", "-c", command], env=platform.environment("mlflow"), cwd=platform.root, check=True, capture_output=True)
+    assert set(objects) - set(stored(platform)) == {f"1/{run.info.run_id}/artifacts/text.txt"}
+    assert mlflow.get_model_version_by_alias(MODEL, "champion").version == "1"
+
+
 def test_a_backup_is_restored_into_an_empty_server(platform: Parts, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = client(platform, monkeypatch).get_model_version_by_alias(MODEL, "champion")
     dump = platform.root / "mlflow.dump"

@@ -61,9 +61,10 @@ def test_a_pull_request_trains_its_own_code_and_makes_no_champion() -> None:
 
 
 def test_workflows_and_docs_give_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every `ffn ...` of the workflows and the operations page, as the command line reads it."""
+    """Every `ffn ...` of the workflows and the pages, as the command line reads it."""
     scripts = "\n".join(step["run"] for path in WORKFLOWS for step in steps(read(path)) if "run" in step)
-    indented = [line[4:] for line in (ROOT / "docs/operations.md").read_text().splitlines() if line.startswith("    ")]
+    pages = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
+    indented = [line[4:] for page in pages for line in page.splitlines() if line.startswith("    ")]
     text = "\n".join([scripts, *indented]).replace('"${again[@]}"', "--retry").replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^\s*(ffn .*)$", text, re.MULTILINE)]
     assert {words[1] for words in commands} >= {"compile", "promote", "rollback", "submit"}
@@ -75,4 +76,4 @@ def test_the_operations_page_names_files_that_are_there() -> None:
     page = (ROOT / "docs/operations.md").read_text()
     named = set(re.findall(r"(?<![\w/])((?:k8s|\.github)/[\w./-]*\w)", page))
     assert len(named) > 10
-    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+    assert [path for path in sorted(named) if not any((ROOT / f"{path}{end}").exists() for end in ("", ".example"))] == []
