@@ -29,6 +29,7 @@ from typing import Any, NoReturn, Self
 from ffn import config as configuration
 from ffn.data.ingest import source_version
 from ffn.errors import FFNError
+from ffn.machine import cores
 from ffn.protocols import require_name
 from pipeline.docker import Containers, container_name, variables
 from pipeline.settings import Settings
@@ -170,11 +171,6 @@ def contained(image: str, workspace: Workspace, source: str, logs: Path) -> Cont
     recordings = Path(source) if Path(source).is_absolute() else None
     workspace.root.mkdir(parents=True, exist_ok=True)
     return Containers.of(image, workspace=workspace.root, source=recordings, run=str(logs))
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -14,6 +14,9 @@ CACHED_LOCALLY = CACHED | {"train", "fuse"}
 """Reused on one machine too: the parent run's id is part of every key there, so a new MLflow store finds nothing cached."""
 
 HEAVY = frozenset({"train", "evaluate"})
+THREADS = "OMP_NUM_THREADS"
+"""Variable with the threads of a process: left to itself it takes one for every core of the node, whatever its limit is."""
+
 TRAINJOB = "FFN_TRAINJOB"
 """Variable that tells the train step to launch a TrainJob, and of what: components/train/trainjob.py."""
 
@@ -47,16 +50,23 @@ def place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
 
 def trainjob(settings: Settings) -> dict[str, Any]:
     """What a training over several nodes asks of its TrainJob."""
+    processes = max(1, settings.gpus)
     share = {"cpu": settings.cpu, "memory": settings.memory, **({settings.gpu: str(settings.gpus)} if settings.gpus else {})}
     return {
         "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": settings.runtime},
         "trainer": {
             "image": settings.image,
             "numNodes": settings.nodes,
-            "numProcPerNode": max(1, settings.gpus),
+            "numProcPerNode": processes,
             "resourcesPerNode": {"requests": share, "limits": share},
+            "env": [{"name": THREADS, "value": str(max(1, threads(settings.cpu) // processes))}],
         },
     }
+
+
+def threads(cpu: str) -> int:
+    """How many threads a CPU limit has room for: `8` -> 8, `2500m` -> 2, `500m` -> 1."""
+    return max(1, int(float(cpu.removesuffix("m")) / (1000 if cpu.endswith("m") else 1)))
 
 
 def _resources(task: dsl.PipelineTask, settings: Settings, step: str, *, launches: bool) -> None:
@@ -65,6 +75,7 @@ def _resources(task: dsl.PipelineTask, settings: Settings, step: str, *, launche
     heavy = step in HEAVY and not launches
     cpu, memory = (settings.cpu, settings.memory) if heavy else (settings.light_cpu, settings.light_memory)
     task.set_cpu_limit(cpu).set_memory_limit(memory)
+    task.set_env_variable(THREADS, str(threads(cpu)))
     task.set_cpu_request(cpu if heavy else LIGHT_REQUEST["cpu"])
     task.set_memory_request(memory if heavy else LIGHT_REQUEST["memory"])
     kubernetes.set_timeout(task, limit)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 import zipfile
@@ -19,6 +18,7 @@ from ffn.data.readers import mmaction, ntu, table, ucla
 from ffn.data.readers.source import Dropped, Source, file_names
 from ffn.data.store import Sample, SkeletonSetWriter, Space, publishing
 from ffn.errors import FFNError
+from ffn.machine import cores
 
 _PARTS = ("train", "test")
 
@@ -77,7 +77,7 @@ def ingest(source: Path, out: Path, *, space: Space = "3d", workers: int | None 
 
     `source` is a folder or zip of NTU `.skeleton` files, an MMAction2 or pyskl pickle, a folder or zip of NW-UCLA JSON
     files, or a folder with one's own table. `space` chooses what is taken from `.skeleton` files; the others hold only one.
-    `workers` processes (default: one per core) parse `.skeleton` files where there are many; the set and its
+    `workers` processes (default: one per core that it may use) parse `.skeleton` files where there are many; the set and its
     digest do not depend on their number.
     `progress` shows a bar on standard error if that is a terminal.
 
@@ -86,7 +86,7 @@ def ingest(source: Path, out: Path, *, space: Space = "3d", workers: int | None 
     """
     begin = time.monotonic()
     source, out = Path(source), Path(out)
-    opened = _open(source, space, workers or os.cpu_count() or 1)
+    opened = _open(source, space, workers or cores())
     tally = _Tally(opened)
     provenance = {"source": source.resolve().name, "reader": opened.reader, "ffn": ffn.__version__}
     with SkeletonSetWriter(

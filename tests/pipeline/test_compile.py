@@ -13,6 +13,7 @@ from ffn.config import STREAMS
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS
 from pipeline.cli import main
+from pipeline.placement import threads
 from pipeline.settings import Settings, Toleration
 
 GOLDEN = Path(__file__).parent / "golden" / "pipeline.yaml"
@@ -121,6 +122,13 @@ def test_every_step_has_limits_a_deadline_and_retries_that_outlast_it(spec: Spec
         assert resources["cpuRequest"] <= resources["cpuLimit"]
         assert retry["maxRetryCount"] == 2
         assert int(retry["backoffMaxDuration"].rstrip("s")) > 3 * int(pod["activeDeadlineSeconds"]) > 0, step
+
+
+def test_a_process_has_as_many_threads_as_its_limit_has_room_for(spec: Spec) -> None:
+    for step, executor, *_ in spec.tasks():
+        variables = {entry["name"]: entry["value"] for entry in spec.executors[executor]["container"]["env"]}
+        assert variables["OMP_NUM_THREADS"] == ("8" if step in ("train", "evaluate") else "2")
+    assert [threads(cpu) for cpu in ("8", "2.5", "2500m", "500m")] == [8, 2, 2, 1]
 
 
 def test_only_ingest_and_evaluate_are_cached(spec: Spec) -> None:
@@ -250,6 +258,7 @@ def test_a_training_of_several_nodes_is_launched_by_a_light_step(
     share = {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "2"}
     assert asked["trainer"] == {
         "image": IMAGE, "numNodes": 4, "numProcPerNode": 2, "resourcesPerNode": {"requests": share, "limits": share},
+        "env": [{"name": "OMP_NUM_THREADS", "value": "4"}],
     }  # fmt: skip
     assert spec.pods["exec-train"]["activeDeadlineSeconds"] == spec.pods["exec-evaluate"]["activeDeadlineSeconds"]
     assert {mount["mountPath"] for mount in spec.pods["exec-train"]["pvcMount"]} == {"/mnt/checkpoints"}
