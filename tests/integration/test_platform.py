@@ -25,7 +25,9 @@ SETTINGS = (
     "training.epochs=1", "training.batch_size=4", "model.width=8", "model.depths=1", "clip.frames=8", "clip.test_clips=1",
 )  # fmt: skip
 
-pytestmark = pytest.mark.slow
+# Of one process, in this order: the parts are broken on purpose, and the first test makes the champion that the others need.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("platform")]
+after_a_run = pytest.mark.usefixtures("promoted")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,14 @@ def client(platform: Parts, monkeypatch: pytest.MonkeyPatch, account: str = "pip
     return MlflowClient(platform.uri)
 
 
+@pytest.fixture
+def promoted(platform: Parts, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A champion, where a test runs without those before it."""
+    if not client(platform, monkeypatch).search_registered_models():
+        status, out, err = ffn(recordings, platform)
+        assert (status, err) == (0, ""), out
+
+
 def test_a_store_that_breaks_in_mid_run_is_named_and_the_same_command_goes_on(
     platform: Parts, recordings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +109,7 @@ def test_a_store_that_breaks_in_mid_run_is_named_and_the_same_command_goes_on(
     assert {"model.safetensors", "MLmodel", "results.md"} <= {Path(key).name for key in stored(platform)}
 
 
+@after_a_run
 def test_the_served_champion_predicts(platform: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands of the serving pods: download with the account of theirs, serve without any, probe."""
     made = pod(named(render(K8S / "overlays" / "prod"), "Deployment", "serving"))
@@ -135,6 +146,7 @@ def test_the_served_champion_predicts(platform: Parts, monkeypatch: pytest.Monke
     platform.stop("serving")
 
 
+@after_a_run
 def test_the_pods_run_in_their_image(platform: Parts) -> None:
     """As the manifests say: not root, nothing writable but /tmp and the model's volume, no capabilities."""
     image = os.environ.get("FFN_IMAGE", IMAGE)
@@ -195,6 +207,7 @@ def test_the_pods_run_in_their_image(platform: Parts) -> None:
     platform.start("mlflow")
 
 
+@after_a_run
 def test_accounts_part_what_their_holders_may_do(platform: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = client(platform, monkeypatch, "serving")
     (run, *_) = mlflow.search_runs([mlflow.get_experiment_by_name("ffn").experiment_id])
@@ -207,6 +220,7 @@ def test_accounts_part_what_their_holders_may_do(platform: Parts, monkeypatch: p
         mlflow.search_experiments()
 
 
+@after_a_run
 def test_a_database_that_breaks_is_named_and_taken_up_again(platform: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = client(platform, monkeypatch)
     run = mlflow.create_run(mlflow.get_experiment_by_name("ffn").experiment_id)
@@ -218,6 +232,7 @@ def test_a_database_that_breaks_is_named_and_taken_up_again(platform: Parts, mon
     assert mlflow.get_run(run.info.run_id).data.params == {"seed": "1"}
 
 
+@after_a_run
 def test_keys_that_the_store_does_not_know_are_refused(platform: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = client(platform, monkeypatch)
     run = mlflow.create_run(mlflow.get_experiment_by_name("ffn").experiment_id)
@@ -234,6 +249,7 @@ def test_keys_that_the_store_does_not_know_are_refused(platform: Parts, monkeypa
     assert set(stored(platform)) - set(objects) == {f"1/{run.info.run_id}/artifacts/text.txt"}
 
 
+@after_a_run
 def test_deleted_runs_give_their_room_back(platform: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the command of docs/operations.md."""
     mlflow = client(platform, monkeypatch)
@@ -248,6 +264,7 @@ def test_deleted_runs_give_their_room_back(platform: Parts, monkeypatch: pytest.
     assert mlflow.get_model_version_by_alias(MODEL, "champion").version == "1"
 
 
+@after_a_run
 def test_a_backup_is_restored_into_an_empty_server(platform: Parts, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = client(platform, monkeypatch).get_model_version_by_alias(MODEL, "champion")
     dump = platform.root / "mlflow.dump"
