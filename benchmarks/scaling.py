@@ -53,6 +53,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             what, of = line.rsplit(" against ", 1)
             if of == kind:
                 axes.loglog([x for x, _ in points], [row.value for _, row in points], "o-", label=f"{what}, {points[0][1].unit}")
+        places = sorted({x for line, points in lines.items() if line.endswith(f" against {kind}") for x, _ in points})
+        axes.set_xticks(places[-1::-2], [f"{x:,}" for x in places[-1::-2]])  # every second one has room for its name
+        axes.minorticks_off()
         axes.set_xlabel(kind)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
