@@ -466,7 +466,9 @@ def test_leaving_detaches_or_cancels(
     fake.runs[0]["state"] = "RUNNING"
     env = {name: value for name, value in os.environ.items() if not name.startswith("FFN_")} | {"FFN_KFP_URL": url}
     command = [sys.executable, "-m", "pipeline.cli", "watch", run, *filter(None, [option])]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is begun in a shell's background ignores it
     process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     assert process.stdout
     for line in process.stdout:
         if line.split() == ["run", "running"]:
