@@ -1,7 +1,6 @@
 """The data path: clips per second of the sampler, opening and ingesting a set of NTU60's size, memory."""
 
 import multiprocessing
-import os
 import pickle
 import re
 import tempfile
@@ -27,6 +26,7 @@ from ffn.data.sampler import Sampler
 from ffn.data.store import SkeletonSet, Space
 from ffn.data.synth import perform, performances, record
 from ffn.layouts import COCO17, NTU25
+from ffn.machine import cores
 
 SAMPLES: dict[Scale, int] = {"toy": 60, "quick": 8_000, "full": 56_880}
 BATCH: dict[Scale, int] = {"toy": 8, "quick": 256, "full": 256}
@@ -256,7 +256,7 @@ def _meet(barrier: Any) -> None:
 
 def _text_rows(folder: Path, scale: Scale) -> Iterator[Row]:
     """Raw `.skeleton` text: ingested on all cores, beside what the parser alone could do on as many."""
-    raw, cores = folder / "raw", len(os.sched_getaffinity(0))
+    raw, processes = folder / "raw", cores()
     raw.mkdir()
     takes = [take for action in (10, 23, 27, 50) for take in performances(action, 3)]
     texts = [record(perform(take), take, 1) for take in takes]
@@ -272,7 +272,7 @@ def _text_rows(folder: Path, scale: Scale) -> Iterator[Row]:
     seconds = ingest(raw, folder / "raw.arrow").seconds
     yield measured(
         "ingest of .skeleton text", [FILES[scale] / seconds], "files/s",
-        threads=cores, reference=f"parsing alone, {cores} x one core", reference_value=cores * alone,
+        threads=processes, reference=f"parsing alone, {processes} x one core", reference_value=processes * alone,
     )  # fmt: skip
 
 

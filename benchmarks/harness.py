@@ -10,7 +10,6 @@ import contextlib
 import gc
 import importlib
 import json
-import os
 import pkgutil
 import platform
 import re
@@ -29,6 +28,7 @@ from numpy.typing import ArrayLike
 
 from ffn.data.store import publishing
 from ffn.errors import FFNError
+from ffn.machine import cores
 
 Scale = Literal["toy", "quick", "full"]
 RESULTS = Path(__file__).parent / "results"
@@ -181,7 +181,7 @@ def picture(group: str, rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def machine() -> dict[str, Any]:
     """What decides the numbers, without the machine's name."""
-    facts: dict[str, Any] = {"cpu": _cpu(), "cores": _cores(), "python": platform.python_version(), "torch": torch.__version__}
+    facts: dict[str, Any] = {"cpu": _cpu(), "cores": cores(), "python": platform.python_version(), "torch": torch.__version__}
     return facts | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
@@ -260,10 +260,6 @@ def _cpu() -> str:
     facts = dict(re.findall(r"^(model name|vendor_id|cpu family)\s*: (.*)$", text, re.MULTILINE))
     name = re.sub(r"\((R|TM)\)| CPU| Processor|@.*", "", facts.get("model name", platform.machine())).strip()
     return f"{name} {_ZEN.get(facts.get('cpu family', ''), '')}".strip() if facts.get("vendor_id") == "AuthenticAMD" else name
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _commit() -> str:

@@ -7,7 +7,6 @@ is read twice, and its gradient, momentum and value are written and read once by
 """
 
 import functools
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,7 @@ from ffn.config import Config, override, preset
 from ffn.data.sampler import Sampler
 from ffn.data.store import Sample, SkeletonSet, SkeletonSetWriter
 from ffn.layouts import COCO17
+from ffn.machine import cores
 from ffn.model.graph import spatial_adjacency
 from ffn.model.network import build
 from ffn.parallel import Team
@@ -135,7 +135,7 @@ class _Both:
 
     @functools.cached_property
     def loader(self) -> "torch.utils.data.DataLoader[tuple[torch.Tensor, int]]":
-        workers = min(8, len(os.sched_getaffinity(0)))
+        workers = min(8, cores())
         return reference.loader(self.samples, self.size.frames, batch_size=self.size.batch, workers=workers)
 
     def require_equal_clips(self) -> None:

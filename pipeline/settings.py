@@ -126,7 +126,7 @@ class Settings:
         for name, value in passed.items():
             if urlsplit(value).password:
                 raise FFNError(f"{name} holds a password, which a compiled pipeline would show; name a Secret in FFN_MLFLOW_SECRET")
-        return cls(**given, environment=passed)  # type: ignore[arg-type]
+        return cls(**given, environment=passed)  # type: ignore[arg-type]  # each made by its field's type above
 
     @property
     def pinned(self) -> bool:

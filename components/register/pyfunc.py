@@ -12,7 +12,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from ffn.inference import FusedModel
 
 
-class Recogniser(PythonModel):  # type: ignore[misc]
+class Recogniser(PythonModel):  # type: ignore[misc]  # mlflow has no types
     """`ffn.inference.FusedModel` behind MLflow's interface."""
 
     def load_context(self, context: PythonModelContext) -> None:

@@ -41,7 +41,7 @@ class _WithoutBias(torch.autograd.Function):
 
 
 def _without_bias(weight: Tensor, bias: Tensor) -> Tensor:
-    made: Tensor = _WithoutBias.apply(weight, bias)  # type: ignore[no-untyped-call]
+    made: Tensor = _WithoutBias.apply(weight, bias)  # type: ignore[no-untyped-call]  # torch gives `apply` no types
     return made
 
 

@@ -79,6 +79,7 @@ class SpatialShift(nn.Module):
         rows = x.permute(0, 2, 3, 1).reshape(b * t, v * c)
         mask = (torch.tanh(self.mask) + 1).to(x.dtype).view(-1)
         if self.training:
+            # torch gives `apply` no types
             y: Tensor = _Shift.apply(rows, mask, self.alpha, self.source, self.target)  # type: ignore[no-untyped-call]
         else:
             y = _difference(rows, self.alpha, self.source) * mask

@@ -131,7 +131,7 @@ def _numbers(text: bytes) -> NDArray[np.float64]:
     """
     text = text.strip()
     try:
-        whole = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, len(text)], np.int32)), pa.py_buffer(text))
+        whole = pa.LargeStringArray.from_buffers(1, pa.py_buffer(np.array([0, len(text)])), pa.py_buffer(text))
         numbers: NDArray[np.float64] = pc.ascii_split_whitespace(whole).values.cast(pa.float64()).to_numpy()
     except pa.ArrowInvalid:
         return np.fromiter(map(float, text.split()), np.float64)
