@@ -98,15 +98,15 @@ def sampler(space: Space, stream: str, scale: Scale, data: SkeletonSet | None = 
     starts = rows.cumsum(0) - rows
     keypoints[starts] = np.abs(keypoints[starts]) + np.float16(0.1)  # the joints that alignment needs are seen
     return Sampler(
-        keypoints=torch.from_numpy(keypoints), starts=starts, frames=frames, persons=persons,
+        keypoints=keypoints, starts=starts, frames=frames, persons=persons,
         image_sizes=torch.tensor(IMAGE).expand(len(rows), 2),
-        layout=COCO17 if space == "2d" else NTU25, space=space, stream=stream, clip=CLIP,
+        layout=COCO17 if space == "2d" else NTU25, space=space, stream=stream, clip=CLIP, device=torch.device("cpu"),
     )  # fmt: skip
 
 
 def plain(made: Sampler, index: Tensor, draws: Tensor) -> list[NDArray[Any]]:
     """The clips of `made.train_clips(index, draws)` by the reference pipeline."""
-    keypoints, clips = made.keypoints.numpy(), []
+    keypoints, clips = made.keypoints, []
     columns = (made.starts[index], made.frames[index], made.persons[index])
     for start, frames, persons, row in zip(*(column.tolist() for column in columns), draws.numpy(), strict=True):
         x = keypoints[start : start + persons * frames].reshape(persons, frames, *keypoints.shape[1:])

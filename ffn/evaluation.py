@@ -49,7 +49,7 @@ def evaluate(data: SkeletonSet, folder: Path | str, *, device: str | None = None
 @torch.inference_mode()
 def predict(network: nn.Module, sampler: Sampler, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """(N, K) softmax of the samples `rows`, mean over the sampler's test clips."""
-    device = sampler.keypoints.device
+    device = sampler.device
     batches = []
     for batch in torch.split(torch.from_numpy(rows), BATCH):
         total = torch.zeros((), device=device)

@@ -1,8 +1,10 @@
-"""What of this machine a process may use."""
+"""What of this machine a process may use: its cores, and code compiled for them."""
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """What a container's CPU limit is written to, as microseconds of every so many, or `max`."""
@@ -23,3 +25,18 @@ def _limit() -> float:
         return int(quota) / int(period)
     except (OSError, ValueError):  # not Linux, cgroups of the first version, or `max`
         return os.cpu_count() or 1
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of numbers and numpy arrays, as machine code; kept on disk for other processes where there is a place for it.
+
+    Indices are not checked. Sums and products may be fused, nothing else of their rounding changes.
+    """
+    from numba import njit
+
+    settings: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        made: Callable[..., Any] = njit(function, cache=True, **settings)
+    except RuntimeError:  # no place: not beside the code, not NUMBA_CACHE_DIR, not the home folder
+        made = njit(function, **settings)
+    return made

@@ -1,21 +1,24 @@
-"""Normalisation and the four streams, as pure functions of batched keypoints.
+"""Normalisation and the four streams: where recordings are turned, and the compiled loop that writes clips.
 
-A row is one person's frame, 3 V numbers float32: x, y, z in metres (3D), or x, y and a score (2D) of joint after joint.
-Joint by joint everything here is `matrix (x - origin)`, and a stream takes differences of joints and of frames. Differences
-are therefore taken first, on the keypoints as they are, where they are exact; the origin comes next, once for every joint that
-is seen (it drops out of a difference of two); the matrix comes last, with the augmentation in it.
-All is done on whole rows, with operators whose inner loop is a row: one over three coordinates costs ten times as much.
+A row is one person's frame, 3 V numbers: x, y, z in metres (3D), or x, y and a score (2D) of joint after joint.
+Joint by joint everything here is `matrix (x - origin)`, and a stream takes differences of joints and of frames: the origin drops
+out of them, and the matrix, with normalisation and augmentation in it, comes last.
 Source: MMAction2 v1.2.0, `PreNormalize2D`, `PreNormalize3D`, `JointToBone`, `ToMotion`, `GenSkeFeat`; in float32 throughout,
 where MMAction2 keeps the data's float16. Joints of 2D keypoints without a score are not masked.
 """
 
-import functools
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ffn.data.store import Space
 from ffn.layouts import Layout
+from ffn.machine import compiled
+
+Array = NDArray[Any]
 
 
 def image_scale(image_size: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
@@ -65,54 +68,134 @@ def rotation_to_axis(vectors: Tensor, axis: int) -> Tensor:
     return torch.where(still[:, None, None], eye, turn)
 
 
-def seen(x: Tensor) -> Tensor:
-    """1 for every joint of the rows `x` (R, V * 3), 0 for one at exactly zero, which is missing: (R, V)."""
-    bits = x.view(torch.int32).view(-1, 3)  # or-ed column by column: a reduction over three takes twice as long
-    bits = bits[:, 0] | bits[:, 1] | bits[:, 2]
-    return (bits + bits != 0).float().view(len(x), -1)  # doubled, so that minus zero is zero
+def write_clips(
+    out: Array,
+    keypoints: Array,
+    starts: Array,
+    frames: Array,
+    persons: Array,
+    numbers: Array,
+    origin: Array,
+    matrix: Array,
+    *,
+    layout: Layout,
+    space: Space,
+    stream: str,
+) -> None:
+    """Write clips (N, M, T, V, 3) of `stream` to `out` float32, contiguous: joints less `origin` (N, 3), times `matrix` (N, 3, 3).
 
-
-def difference(x: Tensor, other: Tensor, space: Space) -> Tensor:
-    """`x` minus `other`, rows (R, V * 3); in 2D the scores are added up (and halved by `image_scale`)."""
-    if space == "3d":
-        return x - other
-    return torch.addcmul(x, other, _tensor((-1.0, -1.0, 1.0) * (x.shape[1] // 3), x.device))
-
-
-def bone(x: Tensor, layout: Layout, space: Space) -> Tensor:
-    """`difference` of every joint from its parent, in rows of 3 V numbers or of V."""
-    width = x.shape[1] // len(layout.parents)
-    columns = tuple(width * parent + axis for parent in layout.parents for axis in range(width))
-    return difference(x, x.index_select(1, _tensor(columns, x.device)), space)
-
-
-def centered(x: Tensor, seen: Tensor, origin: Tensor) -> Tensor:
-    """`x` (P, T, V * 3) minus `origin` (P, 3) as often as `seen` (P * T or 1, V) says: once for a joint, never if it is missing."""
-    joints = seen.shape[1]
-    often = seen.index_select(1, _tensor(tuple(column // 3 for column in range(3 * joints)), x.device))
-    often = often.view(-1, x.shape[1] if len(seen) > 1 else 1, 3 * joints)
-    return x.addcmul(often, origin.repeat(1, joints)[:, None], value=-1)
-
-
-def turned(x: Tensor, matrix: Tensor) -> Tensor:
-    """Every joint of `x` (P, T, V * 3) times its person's `matrix` (P, 3, 3), or times the diagonal (P, 3) of one.
-
-    By hand, as a sum over the matrix's three cyclic diagonals: a batched product of inner size 3 takes twice as long on a CPU.
+    `keypoints` (R, V, 3) float16 or float32; frame t of clip n is the sample's frame `numbers` (N, T), which for person m is row
+    `starts[n] + m * frames[n] + numbers[n, t]`. A person beyond `persons` (N,) is zeros, so is the motion of the last frame; a
+    3D joint at zero is missing and has no origin to lose. Raises `IndexError` where a frame is none of its sample's.
     """
-    joints = x.shape[-1] // 3
-    if matrix.ndim == 2:
-        return x * matrix.repeat(1, joints)[:, None]
-    rows = x.flatten(0, 1)
-    out = x * matrix.diagonal(dim1=1, dim2=2).repeat(1, joints)[:, None]
-    for shift in (1, 2):
-        coefficients = torch.stack([matrix[:, axis, (axis + shift) % 3] for axis in range(3)], 1)
-        columns = tuple(3 * joint + (axis + shift) % 3 for joint in range(joints) for axis in range(3))
-        other = rows.index_select(1, _tensor(columns, x.device)).view_as(x)
-        out.addcmul_(other, coefficients.repeat(1, joints)[:, None])
-    return out
+    if ((numbers < 0) | (numbers >= frames[:, None])).any() or (starts + persons * frames > len(keypoints)).any():
+        raise IndexError(f"frames {numbers.min()} to {numbers.max()} of samples of {frames.min()} to {frames.max()} frames")
+    bits = keypoints.view(np.uint16 if keypoints.dtype == np.float16 else np.uint32)
+    _write(
+        out.reshape(-1), bits.reshape(-1), starts, frames, persons, numbers, origin, matrix,
+        layout.parents, space == "3d", "b" in stream, "m" in stream,
+    )  # fmt: skip
 
 
-@functools.cache
-def _tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """`values` on `device`, made once."""
-    return torch.tensor(values, device=device)
+@compiled
+def _value(bits: Array, place: Any) -> Any:
+    """float32 of the bits of a float32, or of a float16 less its factor of 2^112 (numba has none on a CPU)."""
+    word = np.uint32(bits[place])
+    if bits.itemsize == 2:
+        return np.uint32((word & np.uint32(0x8000)) << np.uint32(16) | (word & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
+    return word.view(np.float32)
+
+
+@compiled
+def _seen(bits: Array, place: Any) -> Any:
+    """1 if the joint whose coordinates begin at `place` is seen; 0 if it is missing, all of them zero."""
+    return np.float32(
+        (_value(bits, place) != 0) | (_value(bits, place + np.uintp(1)) != 0) | (_value(bits, place + np.uintp(2)) != 0)
+    )
+
+
+@compiled
+def _write(
+    out: Array,
+    bits: Array,
+    starts: Array,
+    frames: Array,
+    persons: Array,
+    numbers: Array,
+    origin: Array,
+    matrix: Array,
+    parents: tuple[int, ...],
+    spatial: bool,
+    bone: bool,
+    motion: bool,
+) -> None:
+    # Written for the vectoriser: loops over whole rows, as long as the compiler knows (a tuple's length is part of its type) and
+    # whole vectors where they may be; places unsigned (a signed one could count from the end); of a matrix its five
+    # diagonals, spread over a row's columns, so that no loop runs over three coordinates.
+    clips, length = numbers.shape
+    width = 3 * len(parents)
+    whole = (width + 15) // 16 * 16
+    everyone = out.size // (numbers.size * width)
+    columns = np.zeros(whole, np.uint32)
+    work = np.zeros((10, whole + 16), np.float32)
+    row, less, offset, shifted, sign = work[0], work[1], work[2], work[3], work[4]
+    diagonals = work[5:]
+    d0, d1, d2, d3, d4 = work[5], work[6], work[7], work[8], work[9]
+    s0, s1, s2, s3, s4 = shifted, shifted[1:], shifted[2:], shifted[3:], shifted[4:]
+    for i in range(width):
+        columns[i] = 3 * parents[i // 3] + i % 3
+        sign[i] = -1 if i % 3 == 2 and not spatial else 1
+    unit = np.float32(2.0**112) if bits.itemsize == 2 else np.float32(1)
+    to, step = np.uintp(0), np.uintp(width)
+    for clip in range(clips):
+        turned = False
+        for joint in range(len(parents)):
+            for i in range(3):
+                offset[3 * joint + i] = origin[clip, i]
+                for j in range(3):
+                    diagonals[2 + j - i, 3 * joint + i] = matrix[clip, i, j]
+                    turned |= i != j and matrix[clip, i, j] != 0
+        for person in range(everyone):
+            first, last = starts[clip] + person * frames[clip], frames[clip] - 1
+            for frame in range(length):
+                number = numbers[clip, frame]
+                if person >= persons[clip] or (motion and number == last):
+                    for i in range(width):
+                        out[to + np.uintp(i)] = 0
+                    to += step
+                    continue
+                here = np.uintp(first + number) * step
+                missing = np.uint32(0)
+                for i in range(width):
+                    value = _value(bits, here + np.uintp(i))
+                    row[i] = value * unit
+                    missing += np.uint32(value == 0)
+                if motion:
+                    for i in range(width):
+                        value = _value(bits, here + step + np.uintp(i))
+                        row[i] = value * unit - row[i] * sign[i]
+                        missing += np.uint32(value == 0)
+                if spatial and missing:
+                    for joint in range(len(parents)):
+                        place = here + np.uintp(3 * joint)
+                        seen = _seen(bits, place + step) - _seen(bits, place) if motion else _seen(bits, place)
+                        for i in range(3):
+                            less[3 * joint + i] = seen
+                    for i in range(whole):
+                        row[i] -= less[i] * offset[i]
+                elif not (bone or motion):
+                    for i in range(whole):
+                        row[i] -= offset[i]
+                if bone:
+                    for i in range(whole):
+                        s2[i] = row[i] - row[columns[i]] * sign[i]
+                else:
+                    for i in range(whole):
+                        s2[i] = row[i]
+                if turned:
+                    for i in range(width):
+                        out[to + np.uintp(i)] = s0[i] * d0[i] + s1[i] * d1[i] + s2[i] * d2[i] + s3[i] * d3[i] + s4[i] * d4[i]
+                else:
+                    for i in range(width):
+                        out[to + np.uintp(i)] = s2[i] * d2[i]
+                to += step

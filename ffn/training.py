@@ -51,7 +51,7 @@ class Epoch:
 STATE = "state.safetensors"
 """Name of the file with a training's state, in the folder of its key."""
 
-CODE = ("layouts.py", "losses.py", "parallel.py", "streams.py", "training.py", "data/sampler.py", "model/**/*.py")
+CODE = ("layouts.py", "losses.py", "machine.py", "parallel.py", "streams.py", "training.py", "data/sampler.py", "model/**/*.py")
 """The files of this package that decide the weights."""
 
 
@@ -246,7 +246,7 @@ def run_epoch(
     Every process of `team` draws the same for all of a batch, and works on its part. Nothing waits for the device between
     the first step and the last.
     """
-    recipe, device = config.training, sampler.keypoints.device
+    recipe, device = config.training, sampler.device
     team = team or Team(device=device)
     began = time.perf_counter()
     generator = torch.Generator().manual_seed(int(digest("epoch", recipe.seed, number), 16) >> 1)

@@ -65,15 +65,6 @@ def test_a_clip_does_not_depend_on_its_batch(tmp_path):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("space", ["2d", "3d"])
-def test_clips_made_in_parts_are_those_made_at_once(tmp_path, monkeypatch, space):
-    made = Sampler.of(write_set(tmp_path / "set.arrow", recordings(space), space), "bm", ClipConfig(frames=20, rotate=0.3))
-    index, draws = torch.arange(12), torch.rand(12, 48, generator=torch.Generator().manual_seed(0))
-    whole = made.train_clips(index, draws)
-    monkeypatch.setattr("ffn.data.sampler.PART", 5 * whole[0].numel())
-    torch.testing.assert_close(made.train_clips(index, draws), whole, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("stream", STREAMS)
 def test_joints_that_are_missing_stay_so(stream):
     """A joint at zero, minus zero included, is zero in a joint clip and as if at the origin in the others."""
