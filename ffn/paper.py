@@ -135,7 +135,7 @@ def count(model: ModelConfig, layout: Layout = COCO17, classes: int = 60) -> tup
         except ImportError:
             raise FFNError("counting needs fvcore, which is not installed; pip install '.[dev]'") from None
         network = build(model, layout, classes).eval()
-        analysis = FlopCountAnalysis(network, torch.zeros(1, 2, 100, len(layout.joints), 3))
+        analysis = FlopCountAnalysis(network, torch.ones(1, 2, 100, len(layout.joints), 3))
         macs = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total()
     return sum(parameter.numel() for parameter in network.parameters()), int(macs)
 

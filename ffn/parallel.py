@@ -20,12 +20,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ffn.errors import FFNError
-from ffn.model.attention import DropAttention
+from ffn.model.persons import Counting
 
 T = TypeVar("T")
 
@@ -60,11 +58,6 @@ class Team:
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean of all processes' elements, through which no gradient flows."""
-        joint = self.sum(torch.stack([tensor.sum(), tensor.new_tensor(tensor.numel())]))
-        return joint[0] / joint[1]
 
     def first(self, tensor: Tensor) -> Tensor:
         """Process 0's `tensor`, in place."""
@@ -110,20 +103,16 @@ def team(device: torch.device) -> Iterator[Team]:
 
 
 def join_batches_(network: nn.Module, team: Team) -> None:
-    """Make the modules of `network` that mix or number samples, batch-norm and the two dropouts, those of the joint batch.
-
-    For batch-norm on GPUs torch's `SyncBatchNorm`; it refuses CPUs, which get `JointBatchNorm`.
-    """
-    synchronous: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+    """Make the modules of `network` that mix or number samples those of the joint batch; torch has a batch-norm for GPUs."""
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
                 setattr(module, name, JointDropout(child.p, team))
-            elif isinstance(child, DropAttention):
-                child.mean = team.mean
-            elif isinstance(child, _BatchNorm):
-                on_gpu = team.device.type == "cuda"
-                setattr(module, name, synchronous(child) if on_gpu else JointBatchNorm.of(child))
+            elif isinstance(child, Counting):
+                child.joint = True
+    if team.device.type == "cuda":
+        synchronous: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        synchronous(network)
 
 
 class JointDropout(nn.Dropout):
@@ -140,70 +129,6 @@ class JointDropout(nn.Dropout):
         each = len(x) // (part.stop - part.start)
         kept = torch.empty(self.team.batch * each, *x.shape[1:], dtype=x.dtype, device=x.device).bernoulli_(1 - self.p)
         return x * kept[part.start * each : part.stop * each] / (1 - self.p)
-
-
-class JointBatchNorm(_BatchNorm):
-    """Batch-norm over the joint batch of all processes: in training they tell each other mean and variance of their part."""
-
-    @classmethod
-    def of(cls, norm: _BatchNorm) -> "JointBatchNorm":
-        """`norm` with its own parameters and statistics."""
-        made = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        made._parameters, made._buffers, made.training = norm._parameters, norm._buffers, norm.training
-        return made
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _JointBatchNorm.apply
-        y, mean, variance, count = apply(input, self.weight, self.bias, self.eps)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.momentum is not None
-        assert self.num_batches_tracked is not None
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return y
-
-
-class _JointBatchNorm(torch.autograd.Function):
-    """(y, mean, biased variance, elements per channel) of the joint batch."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        channels = x.shape[1]
-        variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-        said = mean.new_zeros(distributed.get_world_size(), 2 * channels + 1)  # a row of every process
-        said[distributed.get_rank()] = torch.cat([mean, variance, mean.new_tensor([x.numel() / channels])])
-        distributed.all_reduce(said)
-        means, variances, counts = torch.split(said, [channels, channels, 1], 1)
-        count = counts.sum()
-        mean = (means * counts).sum(0) / count
-        variance = ((variances + (means - mean) ** 2) * counts).sum(0) / count
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), count)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return functional.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, count
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, scale, count = ctx.saved_tensors
-        _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, None, None, mean, scale, True, 0.0, [False, True, True]
-        )
-        joint = torch.stack([dweight, dbias])
-        distributed.all_reduce(joint)
-        # dx = weight * scale * (dy - mean(dy) - x_normal * mean(dy * x_normal)), means over the joint batch
-        slope, level = joint / count
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        of_dy, of_x = weight * scale, -weight * scale**2 * slope
-        rest = -of_x * mean - of_dy * level
-        dx = torch.addcmul(rest.view(shape), dy, of_dy.view(shape)).addcmul_(x, of_x.view(shape))
-        return dx, dweight, dbias, None
 
 
 def launch(module: str, argument: str, processes: int, heard: Callable[[Any], None]) -> None:

@@ -1,12 +1,11 @@
 """Attention at the end of MSF-TCN. Tensors are (N·M, C, T, V), channels last in memory."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ffn.model.common import NormedConv2d
+from ffn.model.persons import BatchNorm2d, Counting, mean
 
 
 class MSCAM(nn.Module):
@@ -49,9 +48,9 @@ class CVSTA(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.enter = nn.Sequential(NormedConv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Hardswish())
-        self.frames = nn.Sequential(NormedConv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Sigmoid())
-        self.joints = nn.Sequential(NormedConv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.Sigmoid())
+        self.enter = nn.Sequential(NormedConv2d(channels, channels, 1), BatchNorm2d(channels), nn.Hardswish())
+        self.frames = nn.Sequential(NormedConv2d(channels, channels, 1), BatchNorm2d(channels), nn.Sigmoid())
+        self.joints = nn.Sequential(NormedConv2d(channels, channels, 1), BatchNorm2d(channels), nn.Sigmoid())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         means = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)], 2)
@@ -60,7 +59,7 @@ class CVSTA(nn.Module):
         return weighed
 
 
-class DropAttention(nn.Module):
+class DropAttention(Counting, nn.Module):
     """The row S3(Drop-att): training hides what stands out most, so that the network learns from the rest. No parameters.
 
     With d = (x - mean)^2 over (T, V) of a channel and s^2 its variance, a = sigmoid(d / (4 (s^2 + 1e-4)) + 0.5). Joints whose
@@ -74,7 +73,6 @@ class DropAttention(nn.Module):
     def __init__(self, *, keep_prob: float = 0.7) -> None:
         super().__init__()
         self.keep_prob = keep_prob
-        self.mean: Callable[[Tensor], Tensor] = torch.mean  # over the whole batch, wherever its parts are
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.training:
@@ -85,7 +83,7 @@ class DropAttention(nn.Module):
             a = torch.sigmoid(square / (4 * (variance + 1e-4)) + 0.5)
             joints = (a.mean((1, 2), keepdim=True) < self.keep_prob).float()
             entries = (a < self.keep_prob).float()
-            kept = joints / self.mean(joints) * entries / self.mean(entries)
+            kept = joints / mean(joints, self) * entries / mean(entries, self)
         return x * kept.to(x.dtype)
 
 
@@ -103,7 +101,7 @@ class AFF(nn.Module):
         if stride > 1:
             self.align = nn.Sequential(
                 NormedConv2d(channels, channels, (5, 1), (stride, 1), (2, 0)),
-                nn.BatchNorm2d(channels),
+                BatchNorm2d(channels),
             )
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -114,8 +112,8 @@ class AFF(nn.Module):
 def _bottleneck(channels: int, reduction: int) -> nn.Sequential:
     return nn.Sequential(
         NormedConv2d(channels, channels // reduction, 1),
-        nn.BatchNorm2d(channels // reduction),
+        BatchNorm2d(channels // reduction),
         nn.ReLU(),
         NormedConv2d(channels // reduction, channels, 1),
-        nn.BatchNorm2d(channels),
+        BatchNorm2d(channels),
     )

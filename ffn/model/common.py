@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ffn.model.persons import BatchNorm2d
+
 
 class NormedConv2d(nn.Conv2d):
     """A convolution with a bias whose output meets a batch-norm over the same channels, directly or after sums with its like.
@@ -49,7 +51,7 @@ def shortcut(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Modu
     """The identity, or a strided 1x1 convolution with batch-norm where the shape changes."""
     if in_channels == out_channels and stride == 1:
         return nn.Identity()
-    return nn.Sequential(NormedConv2d(in_channels, out_channels, 1, (stride, 1)), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(NormedConv2d(in_channels, out_channels, 1, (stride, 1)), BatchNorm2d(out_channels))
 
 
 def channels_last_(network: nn.Module) -> None:

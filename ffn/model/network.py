@@ -12,6 +12,7 @@ from ffn.layouts import Layout
 from ffn.model.attention import AFF, CVSTA, DropAttention, MSCAMGate
 from ffn.model.common import channels_last_, shortcut
 from ffn.model.graph import spatial_adjacency
+from ffn.model.persons import BatchNorm1d, pooled
 from ffn.model.rivals.aagcn import AAGCN
 from ffn.model.rivals.agcn import AGCN
 from ffn.model.rivals.ctrgcn import CTRGCN
@@ -93,7 +94,7 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig, layout: Layout, classes: int, *, channels: int = 3) -> None:
         super().__init__()
         adjacency = torch.from_numpy(spatial_adjacency(layout))
-        self.norm = nn.BatchNorm1d(len(layout.joints) * channels)
+        self.norm = BatchNorm1d(len(layout.joints) * channels)
         blocks: list[Block] = []
         width = channels
         for stage, depth in enumerate(config.depths):
@@ -111,8 +112,8 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, m, t, v, c = x.shape
-        x = self.norm(x.reshape(n * m * t, v * c))
-        x = x.view(n * m, t, v, c).permute(0, 3, 1, 2)  # (N·M, C, T, V), channels last
-        x = self.blocks(x).mean((2, 3)).view(n, m, -1).mean(1)
-        logits: Tensor = self.classifier(self.dropout(x))
+        y = self.norm(x.reshape(n * m * t, v * c))
+        y = y.view(n * m, t, v, c).permute(0, 3, 1, 2)  # (N·M, C, T, V), channels last
+        y = pooled(self.blocks, y, x).view(n, m, -1).mean(1)
+        logits: Tensor = self.classifier(self.dropout(y))
         return logits

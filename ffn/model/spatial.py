@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ffn.model.persons import BatchNorm1d, BatchNorm2d
+
 
 class GCN(nn.Module):
     """ST-GCN's graph convolution with a learned mask of edge importance.
@@ -22,7 +24,7 @@ class GCN(nn.Module):
         self.register_buffer("adjacency", adjacency.clone(), persistent=False)
         self.importance = nn.Parameter(torch.ones_like(adjacency))
         self.conv = nn.Conv2d(in_channels, out_channels * len(adjacency), 1)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.norm(graph_conv(x, self.conv, self.adjacency * self.importance)))
@@ -40,7 +42,7 @@ class ESFGCN(nn.Module):
         super().__init__()
         self.adjacency = nn.Parameter(adjacency.clone())
         self.conv = nn.Conv2d(in_channels, out_channels * len(adjacency), 1)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = BatchNorm2d(out_channels)
         same = in_channels == out_channels
         self.residual: nn.Module = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.shift = SpatialShift(in_channels, out_channels, joints=adjacency.shape[-1], alpha=alpha)
@@ -72,7 +74,7 @@ class SpatialShift(nn.Module):
         self.mask = nn.Parameter(torch.zeros(joints, in_channels))
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         nn.init.normal_(self.conv.weight, 0, math.sqrt(1 / out_channels))
-        self.norm = nn.BatchNorm1d(joints * out_channels)
+        self.norm = BatchNorm1d(joints * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, t, v = x.shape

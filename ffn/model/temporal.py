@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ffn.model.common import NormedConv2d
+from ffn.model.persons import BatchNorm2d
 
 
 class TCN(nn.Module):
@@ -12,7 +13,7 @@ class TCN(nn.Module):
     def __init__(self, channels: int, *, stride: int) -> None:
         super().__init__()
         self.conv = temporal_conv(channels, kernel=9, stride=stride)
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm = BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm(self.conv(x))
@@ -38,7 +39,7 @@ class MSFTCN(nn.Module):
         width = channels // 8
         self.enter = nn.Sequential(
             NormedConv2d(7 * width, 7 * width, 1, groups=7),
-            nn.BatchNorm2d(7 * width),
+            BatchNorm2d(7 * width),
             nn.ReLU(),
         )
         self.dilated = nn.ModuleList(temporal_conv(width, kernel=3, stride=stride, dilation=d) for d in self.DILATIONS)
@@ -46,10 +47,10 @@ class MSFTCN(nn.Module):
         self.mean_pool = nn.AvgPool2d((3, 1), (stride, 1), (1, 0))
         self.point = NormedConv2d(width, width, 1, (stride, 1))
         self.fuse = nn.Sequential(
-            nn.BatchNorm2d(channels),
+            BatchNorm2d(channels),
             nn.ReLU(),
             NormedConv2d(channels, channels, 1),
-            nn.BatchNorm2d(channels),
+            BatchNorm2d(channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ffn.layouts import Layout
 from ffn.model.common import channels_last_, shortcut
+from ffn.model.persons import pooled
 from ffn.model.rivals.agcn import AdaptiveGCN
 from ffn.model.rivals.common import Block, Head, PersonNorm, directed_adjacency, ten_blocks
 from ffn.model.temporal import TCN
@@ -36,7 +37,7 @@ class AAGCN(nn.Module):
         channels_last_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.blocks(self.norm(x)), persons=x.shape[1])
+        logits: Tensor = self.head(pooled(self.blocks, self.norm(x), x), persons=x.shape[1])
         return logits
 
 

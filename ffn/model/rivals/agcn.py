@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ffn.layouts import Layout
 from ffn.model.common import channels_last_, shortcut
+from ffn.model.persons import BatchNorm2d, pooled
 from ffn.model.rivals.common import Block, Head, PersonNorm, directed_adjacency, fan_out_, ten_blocks
 from ffn.model.temporal import TCN
 
@@ -36,7 +37,7 @@ class AGCN(nn.Module):
         channels_last_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.blocks(self.norm(x)), persons=x.shape[1])
+        logits: Tensor = self.head(pooled(self.blocks, self.norm(x), x), persons=x.shape[1])
         return logits
 
 
@@ -58,7 +59,7 @@ class AdaptiveGCN(nn.Module):
         self.key = nn.Conv2d(in_channels, subsets * embedding, 1)
         values = [nn.Conv2d(in_channels, out_channels, 1) for _ in range(subsets)]
         self.values = nn.ModuleList(values)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = BatchNorm2d(out_channels)
         self.residual = shortcut(in_channels, out_channels)
         for conv in (self.query, self.key):
             fan_out_(conv, embedding)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from ffn.errors import FFNError
 from ffn.layouts import Layout
 from ffn.model.common import NormedConv2d
+from ffn.model.persons import BatchNorm1d, BatchNorm2d
 from ffn.model.temporal import temporal_conv
 
 
@@ -74,7 +75,7 @@ class TemporalBranches(nn.Module):
         width = out_channels // (len(dilations) + 2)
         self.widths = [out_channels - width * (len(dilations) + 1), *[width] * len(dilations)]
         entered = sum(self.widths)
-        self.enter = nn.Sequential(NormedConv2d(in_channels, entered, 1), nn.BatchNorm2d(entered), nn.ReLU())
+        self.enter = nn.Sequential(NormedConv2d(in_channels, entered, 1), BatchNorm2d(entered), nn.ReLU())
         self.dilated = nn.ModuleList(
             temporal_conv(channels, kernel=kernel, stride=stride, dilation=dilation)
             for channels, dilation in zip(self.widths, dilations, strict=False)
@@ -99,7 +100,7 @@ class PersonNorm(nn.Module):
 
     def __init__(self, joints: int, channels: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(self.PERSONS * joints * channels)
+        self.norm = BatchNorm1d(self.PERSONS * joints * channels)
 
     def forward(self, x: Tensor) -> Tensor:
         n, m, t, v, c = x.shape
@@ -111,7 +112,7 @@ class PersonNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Global average pooling, mean over persons, linear layer. (N·M, C, T, V) -> (N, K)."""
+    """Mean over persons, linear layer. (N·M, C) -> (N, K)."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -120,5 +121,5 @@ class Head(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor, *, persons: int) -> Tensor:
-        logits: Tensor = self.classifier(x.mean((2, 3)).view(-1, persons, x.shape[1]).mean(1))
+        logits: Tensor = self.classifier(x.view(-1, persons, x.shape[1]).mean(1))
         return logits

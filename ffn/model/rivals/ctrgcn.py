@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ffn.layouts import Layout
 from ffn.model.common import channels_last_, shortcut
+from ffn.model.persons import BatchNorm2d, pooled
 from ffn.model.rivals.common import Block, Head, PersonNorm, TemporalBranches, directed_adjacency, fan_out_, ten_blocks
 
 
@@ -32,7 +33,7 @@ class CTRGCN(nn.Module):
         channels_last_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.blocks(self.norm(x)), persons=x.shape[1])
+        logits: Tensor = self.head(pooled(self.blocks, self.norm(x), x), persons=x.shape[1])
         return logits
 
 
@@ -56,7 +57,7 @@ class CTRGC(nn.Module):
         self.psi = nn.Conv2d(in_channels, subsets * relations, 1)
         self.refine = nn.Conv2d(subsets * relations, subsets * out_channels, 1, groups=subsets)
         self.value = nn.Conv2d(in_channels, subsets * out_channels, 1)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = BatchNorm2d(out_channels)
         self.residual = shortcut(in_channels, out_channels)
         for conv in (self.phi, self.psi):
             fan_out_(conv, relations)
@@ -86,6 +87,6 @@ class MSTCN(nn.Sequential):
     def __init__(self, channels: int, *, stride: int) -> None:
         super().__init__(
             TemporalBranches(channels, channels, kernel=5, dilations=(1, 2), stride=stride),
-            nn.BatchNorm2d(channels),
+            BatchNorm2d(channels),
             nn.ReLU(),
         )

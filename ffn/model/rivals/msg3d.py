@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from ffn.layouts import Layout
 from ffn.model.common import channels_last_, shortcut
+from ffn.model.persons import BatchNorm2d, pooled
 from ffn.model.rivals.common import Head, PersonNorm, TemporalBranches
 
 
@@ -35,7 +36,7 @@ class MSG3D(nn.Module):
         channels_last_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.blocks(self.norm(x)), persons=x.shape[1])
+        logits: Tensor = self.head(pooled(self.blocks, self.norm(x), x), persons=x.shape[1])
         return logits
 
 
@@ -82,7 +83,7 @@ class MSGCN(nn.Module):
         self.register_buffer("adjacency", torch.from_numpy(scale_adjacency(hops, scales)), persistent=False)
         self.mask = nn.Parameter(torch.empty_like(self.adjacency).uniform_(-1e-6, 1e-6))
         self.conv = nn.Conv2d(scales * in_channels, out_channels, 1)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.norm(self.conv(gather(x, self.adjacency + self.mask))))
@@ -105,7 +106,7 @@ class G3D(nn.Module):
         self.stride = stride
         self.gcn = MSGCN(in_channels, hidden, windowed_hops(hops, window), scales=self.SCALES)
         self.collapse = nn.Conv2d(hidden, out_channels, (window, 1))
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         b, _, _, v = x.shape
@@ -128,7 +129,7 @@ class MSTCN(nn.Module):
         super().__init__()
         self.relu = relu
         self.branches = TemporalBranches(in_channels, out_channels, kernel=3, dilations=(1, 2, 3, 4), stride=stride)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = BatchNorm2d(out_channels)
         self.residual = shortcut(in_channels, out_channels, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:

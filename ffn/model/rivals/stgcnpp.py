@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ffn.layouts import Layout
 from ffn.model.common import NormedConv2d, channels_last_, shortcut
+from ffn.model.persons import BatchNorm1d, BatchNorm2d, pooled
 from ffn.model.rivals.common import Block, Head, TemporalBranches, directed_adjacency, ten_blocks
 from ffn.model.spatial import graph_conv
 
@@ -19,7 +20,7 @@ class STGCNPP(nn.Module):
     def __init__(self, layout: Layout, classes: int, *, channels: int = 3, width: int = 64) -> None:
         super().__init__()
         adjacency = torch.from_numpy(directed_adjacency(layout))
-        self.norm = nn.BatchNorm1d(len(layout.joints) * channels)
+        self.norm = BatchNorm1d(len(layout.joints) * channels)
         self.blocks = nn.Sequential(
             *(
                 Block(
@@ -35,8 +36,8 @@ class STGCNPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, m, t, v, c = x.shape
-        x = self.norm(x.reshape(n * m * t, v * c)).view(n * m, t, v, c).permute(0, 3, 1, 2)
-        logits: Tensor = self.head(self.blocks(x), persons=m)
+        y = self.norm(x.reshape(n * m * t, v * c)).view(n * m, t, v, c).permute(0, 3, 1, 2)
+        logits: Tensor = self.head(pooled(self.blocks, y, x), persons=m)
         return logits
 
 
@@ -51,7 +52,7 @@ class ResidualGCN(nn.Module):
         super().__init__()
         self.adjacency = nn.Parameter(adjacency.clone())
         self.conv = nn.Conv2d(in_channels, out_channels * len(adjacency), 1)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = BatchNorm2d(out_channels)
         self.residual = shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,8 +68,8 @@ class MSTCN(nn.Sequential):
     def __init__(self, channels: int, *, stride: int) -> None:
         super().__init__(
             TemporalBranches(channels, channels, kernel=3, dilations=(1, 2, 3, 4), stride=stride),
-            nn.BatchNorm2d(channels),
+            BatchNorm2d(channels),
             nn.ReLU(),
             NormedConv2d(channels, channels, 1),
-            nn.BatchNorm2d(channels),
+            BatchNorm2d(channels),
         )
