@@ -21,7 +21,8 @@ class MSCAM(nn.Module):
         self.globally = _bottleneck(channels, reduction)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.local(x) + self.globally(functional.adaptive_avg_pool2d(x, 1)))
+        local: Tensor = self.local(x)
+        return local.add_(self.globally(functional.adaptive_avg_pool2d(x, 1))).sigmoid_()
 
 
 class MSCAMGate(nn.Module):
@@ -113,7 +114,7 @@ def _bottleneck(channels: int, reduction: int) -> nn.Sequential:
     return nn.Sequential(
         NormedConv2d(channels, channels // reduction, 1),
         BatchNorm2d(channels // reduction),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         NormedConv2d(channels // reduction, channels, 1),
         BatchNorm2d(channels),
     )

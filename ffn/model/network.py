@@ -80,8 +80,8 @@ class Block(nn.Module):
         if self.attention is not None:
             z = self.attention(z, y)
         if self.residual is not None:
-            z = z + self.residual(x)
-        return torch.relu(z)
+            z = z.add_(self.residual(x))
+        return z.relu_()
 
 
 class Network(nn.Module):

@@ -27,7 +27,7 @@ class GCN(nn.Module):
         self.norm = BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.norm(graph_conv(x, self.conv, self.adjacency * self.importance)))
+        return torch.relu_(self.norm(graph_conv(x, self.conv, self.adjacency * self.importance)))
 
 
 class ESFGCN(nn.Module):
@@ -48,8 +48,8 @@ class ESFGCN(nn.Module):
         self.shift = SpatialShift(in_channels, out_channels, joints=adjacency.shape[-1], alpha=alpha)
 
     def forward(self, x: Tensor) -> Tensor:
-        gcn = self.norm(graph_conv(x, self.conv, self.adjacency)) + self.residual(x)
-        return torch.relu(gcn + self.shift(x))
+        gcn: Tensor = self.norm(graph_conv(x, self.conv, self.adjacency))
+        return gcn.add_(self.residual(x)).add_(self.shift(x)).relu_()
 
 
 class SpatialShift(nn.Module):

@@ -40,7 +40,7 @@ class MSFTCN(nn.Module):
         self.enter = nn.Sequential(
             NormedConv2d(7 * width, 7 * width, 1, groups=7),
             BatchNorm2d(7 * width),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         self.dilated = nn.ModuleList(temporal_conv(width, kernel=3, stride=stride, dilation=d) for d in self.DILATIONS)
         self.max_pool = nn.MaxPool2d((3, 1), (stride, 1), (1, 0))
@@ -48,7 +48,7 @@ class MSFTCN(nn.Module):
         self.point = NormedConv2d(width, width, 1, (stride, 1))
         self.fuse = nn.Sequential(
             BatchNorm2d(channels),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             NormedConv2d(channels, channels, 1),
             BatchNorm2d(channels),
         )
@@ -60,7 +60,7 @@ class MSFTCN(nn.Module):
         branches: list[Tensor] = []
         for conv, group in zip(self.dilated, groups, strict=True):
             y = conv(group)
-            branches.append(y + branches[-1] if branches else y)
+            branches.append(y.add_(branches[-1]) if branches else y)
         branches += [self.max_pool(to_max), self.mean_pool(to_mean), self.point(to_point)]
         fused: Tensor = self.fuse(torch.cat(branches, 1))
         return fused
