@@ -76,7 +76,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.spatial(x)
-        z = self.temporal(y)
+        z: Tensor = self.temporal(y)
         if self.attention is not None:
             z = self.attention(z, y)
         if self.residual is not None:
