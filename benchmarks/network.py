@@ -17,6 +17,9 @@ from ffn.model.network import build
 CLASSES = 60
 SHAPES: dict[Scale, tuple[int, ...]] = {"toy": (4, 2, 16, 17, 3), "quick": (8, 2, 100, 17, 3), "full": (8, 2, 100, 17, 3)}
 """(N, M, T, V, C) of the clips that are timed."""
+NTU: dict[Scale, tuple[int, ...]] = {scale: (10, *shape[1:]) for scale, shape in SHAPES.items()}
+PAIRS = 2
+"""Of the ten clips of a batch as NTU has them: a fifth shows two persons."""
 
 
 def run(scale: Scale) -> Iterator[Row]:
@@ -38,6 +41,12 @@ def run(scale: Scale) -> Iterator[Row]:
                 f"training step, {mine} beside plain {theirs}", steps[mine], plain_steps[theirs],
                 reference=said, repeats=REPEATS[scale], target=target,
             )  # fmt: skip
+        yield compare(
+            "training step, S4 beside plain S0, two persons in a fifth of the clips",
+            training_step(ours["S4"], PRESETS["S4"], NTU[scale], PAIRS),
+            training_step(plain["S0"], PRESETS["S0"], NTU[scale], PAIRS),
+            reference="ST-GCN as MMAction2 writes it", repeats=REPEATS[scale], target=1 / 0.85,
+        )  # fmt: skip
         clips = torch.randn(SHAPES[scale])
         for name in ours:
             yield measured(
@@ -75,7 +84,8 @@ def require_same(name: str) -> None:
     for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         ours, plain = network(name).to(dtype), reference_network(name).to(dtype)
         reference.take(plain, ours)
-        clips = torch.randn(3, 2, 24, 17, 3, dtype=dtype)
+        clips = torch.randn(4, 2, 24, 17, 3, dtype=dtype)
+        clips[2:, 1] = 0  # nobody
         logits, expected = ours(clips), plain(clips)
         scale = float(expected.detach().abs().max())
         require_close(f"logits of {name}, {dtype}", logits.detach(), expected.detach(), rtol=rtol, atol=rtol * scale)
@@ -94,10 +104,15 @@ def gradients(ours: nn.Module, plain: reference.Skeleton) -> Iterator[tuple[str,
         yield name, mine[name], value.grad
 
 
-def training_step(made: nn.Module, config: Config, shape: tuple[int, ...]) -> Callable[[], object]:
-    """Forward, the preset's loss in its last epoch, backward and an SGD step on the same random clips (`shape`) every time."""
+def training_step(made: nn.Module, config: Config, shape: tuple[int, ...], pairs: int | None = None) -> Callable[[], object]:
+    """Forward, the preset's loss in its last epoch, backward and an SGD step on the same random clips (`shape`) every time.
+
+    Two persons are in all clips, or in `pairs` of them.
+    """
     generator = torch.Generator().manual_seed(1)
     clips = torch.randn(shape, generator=generator)
+    if pairs is not None:
+        clips[pairs:, 1:] = 0
     labels = torch.randint(CLASSES, (len(clips),), generator=generator)
     recipe = config.training
     optimizer = torch.optim.SGD(
