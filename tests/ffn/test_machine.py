@@ -1,7 +1,9 @@
-"""What of this machine a process may use."""
+"""What of this machine a process may use: its cores, and code compiled for them."""
 
 from pathlib import Path
 
+import numba
+import numpy as np
 import pytest
 
 from ffn import machine
@@ -17,3 +19,16 @@ def test_a_containers_limit_counts(said: str, most: int, tmp_path: Path, monkeyp
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     assert machine.cores() == most
+
+
+def test_code_is_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba refuses to cache where it finds no folder that it may write to."""
+
+    def njit(function, *, cache=False, **settings):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba_njit(function, **settings)
+
+    numba_njit = numba.njit
+    monkeypatch.setattr(numba, "njit", njit)
+    assert machine.compiled(lambda x: x.sum())(np.arange(4)) == 6

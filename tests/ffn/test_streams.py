@@ -12,7 +12,7 @@ from ffn.config import STREAMS, ClipConfig
 from ffn.data.persons import canonical_persons
 from ffn.data.sampler import TEST_SEED, Sampler, augmentation, even_frames, frame_numbers, random_frames
 from ffn.layouts import COCO17, NTU25
-from ffn.streams import rotation_to_axis
+from ffn.streams import rotation_to_axis, write_clips
 from tests import reference
 from tests.conftest import recordings, write_set
 
@@ -159,3 +159,24 @@ def test_augmentation_is_a_rotation_and_a_scale():
     assert flat[:, 0, 0].std() > 0.01
     nothing = augmentation(draws, space="3d", rotate=0.0, scale=0.0)
     assert torch.equal(nothing, torch.eye(3).expand(50, 3, 3))
+
+
+def test_every_float16_keeps_its_value():
+    """Subnormal, negative, minus zero: all that are finite, through the loop that decodes their bits."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    x = np.resize(finite, (-(-len(finite) // 51), 17, 3))
+    out = np.empty((1, 1, len(x), 17, 3), np.float32)
+    one, frames, numbers = np.ones(1, np.int64), np.array([len(x)]), np.arange(len(x))[None]
+    origin, matrix = np.zeros((1, 3), np.float32), np.eye(3, dtype=np.float32)[None]
+    write_clips(out, x, 0 * one, frames, one, numbers, origin, matrix, layout=COCO17, space="2d", stream="j")
+    np.testing.assert_array_equal(out[0, 0], x.astype(np.float32))
+
+
+@pytest.mark.parametrize(("number", "rows"), [(-1, 20), (20, 20), (3, 19)])
+def test_frames_that_are_not_there_are_never_read(number, rows):
+    """Compiled loops look at whatever lies at a place: what is wrong ends before them."""
+    out, x = np.empty((1, 1, 1, 17, 3), np.float32), np.zeros((rows, 17, 3), np.float16)
+    one, origin, matrix = np.ones(1, np.int64), np.zeros((1, 3), np.float32), np.eye(3, dtype=np.float32)[None]
+    with pytest.raises(IndexError, match="frames"):
+        write_clips(out, x, 0 * one, 20 * one, one, np.array([[number]]), origin, matrix, layout=COCO17, space="2d", stream="j")
