@@ -30,7 +30,7 @@ from ffn.machine import cores
 
 SAMPLES: dict[Scale, int] = {"toy": 60, "quick": 8_000, "full": 56_880}
 BATCH: dict[Scale, int] = {"toy": 8, "quick": 256, "full": 256}
-FILES: dict[Scale, int] = {"toy": 6, "quick": 2_000, "full": 6_000}
+FILES: dict[Scale, int] = {"toy": 6, "quick": 2_000, "full": 56_880}
 ROUND = 8
 """Batches between two looks at the clock."""
 CLIP = ClipConfig(frames=100)
