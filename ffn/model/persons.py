@@ -85,7 +85,7 @@ def _normalized(norm: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
     return y
 
 
@@ -96,19 +96,17 @@ class _Normalization(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, last: int, times: int, joint: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        parts = [_part(x, 1)]
+        each = x[0].numel() // x.shape[1]
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
         if last:
-            parts.append(_part(x[-last:], times - 1))
-        said = torch.stack(parts)
+            their_mean, their_variance = torch.batch_norm_update_stats(x[-last:], None, None, 0.0)
+            share = last * (times - 1) / (len(x) + last * (times - 1))
+            apart = their_mean - mean
+            mean = mean + share * apart
+            variance = variance.lerp(their_variance, share).addcmul_(apart, apart, value=share * (1 - share))
+        count = mean.new_tensor(each * (len(x) + last * (times - 1)))
         if joint:
-            everyone = said.new_zeros(distributed.get_world_size(), 2, said.shape[1])
-            everyone[distributed.get_rank(), : len(said)] = said
-            distributed.all_reduce(everyone)
-            said = everyone.flatten(0, 1)
-        means, variances, counts = torch.split(said, [x.shape[1], x.shape[1], 1], 1)
-        count = counts.sum()
-        mean = (means * counts).sum(0) / count
-        variance = ((variances + (means - mean) ** 2) * counts).sum(0) / count
+            mean, variance, count = _joined(mean, variance, count)
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), count)
         ctx.last, ctx.times, ctx.joint = last, times, joint
         ctx.mark_non_differentiable(mean, variance, count)
@@ -127,16 +125,23 @@ class _Normalization(torch.autograd.Function):
         # sum already, and the rest is not.
         slope, level = sums / count
         shape = [1, -1] + [1] * (x.ndim - 2)
-        of_dy, of_x = weight * scale, -weight * scale**2 * slope
+        of_dy = weight * scale
+        of_x = -of_dy * scale * slope
         rest = -of_x * mean - of_dy * level
-        dx = torch.addcmul(rest.view(shape), dy, of_dy.view(shape)).addcmul_(x, of_x.view(shape))
+        of_dy, of_x, rest = of_dy.view(shape), of_x.view(shape), rest.view(shape)
+        dx = torch.addcmul(rest, dy, of_dy).addcmul_(x, of_x)
         if ctx.last:
-            again = torch.addcmul(rest.view(shape), x[-ctx.last :], of_x.view(shape))
-            dx[-ctx.last :].add_(again, alpha=ctx.times - 1)
+            dx[-ctx.last :].add_(torch.addcmul(rest, x[-ctx.last :], of_x), alpha=ctx.times - 1)
         return dx, dweight, dbias, None, None, None, None
 
 
-def _part(x: Tensor, times: int) -> Tensor:
-    """Mean and biased variance of every channel of `x` (B, C, ...), and for how many elements of a channel they stand."""
-    mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-    return torch.cat([mean, variance, mean.new_tensor([times * x.numel() // x.shape[1]])])
+def _joined(mean: Tensor, variance: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count of all processes' samples, from those of each."""
+    channels = len(mean)
+    said = mean.new_zeros(distributed.get_world_size(), 2 * channels + 1)  # a row of every process
+    said[distributed.get_rank()] = torch.cat([mean, variance, count[None]])
+    distributed.all_reduce(said)
+    means, variances, counts = torch.split(said, [channels, channels, 1], 1)
+    total = counts.sum()
+    joint = (means * counts).sum(0) / total
+    return joint, ((variances + (means - joint) ** 2) * counts).sum(0) / total, total
