@@ -80,14 +80,14 @@ class FusedModel:
             total += weight * predict(network, sampler, rows)
         return (total / sum(self.weights.values())).astype(np.float32)
 
-    def _prepared(self, number: int, clip: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    def _prepared(self, number: int, clip: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
         """The recording as ingestion would store it."""
         where, joints = f"recording {number}", len(self.meta.layout.joints)
         clip = np.asarray(clip, np.float64)
         if clip.ndim != 4 or clip.shape[2:] != (joints, 3) or not clip.shape[0] or not clip.shape[1]:
             raise FFNError(f"{where}: keypoints {clip.shape}, expected (persons, frames, {joints}, 3)")
         check_finite(clip[:2], self.meta.layout, where)
-        return arrange(clip, self.meta.space, where).astype(np.float16).astype(np.float32)
+        return arrange(clip, self.meta.space, where).astype(np.float16)
 
 
 def with_clips(model: FusedModel, clips: int) -> FusedModel:

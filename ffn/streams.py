@@ -84,26 +84,23 @@ def write_clips(
 ) -> None:
     """Write clips (N, M, T, V, 3) of `stream` to `out` float32, contiguous: joints less `origin` (N, 3), times `matrix` (N, 3, 3).
 
-    `keypoints` (R, V, 3) float16 or float32; frame t of clip n is the sample's frame `numbers` (N, T), which for person m is row
+    `keypoints` (R, V, 3) float16; frame t of clip n is the sample's frame `numbers` (N, T), which for person m is row
     `starts[n] + m * frames[n] + numbers[n, t]`. A person beyond `persons` (N,) is zeros, so is the motion of the last frame; a
     3D joint at zero is missing and has no origin to lose. Raises `IndexError` where a frame is none of its sample's.
     """
     if ((numbers < 0) | (numbers >= frames[:, None])).any() or (starts + persons * frames > len(keypoints)).any():
         raise IndexError(f"frames {numbers.min()} to {numbers.max()} of samples of {frames.min()} to {frames.max()} frames")
-    bits = keypoints.view(np.uint16 if keypoints.dtype == np.float16 else np.uint32)
     _write(
-        out.reshape(-1), bits.reshape(-1), starts, frames, persons, numbers, origin, matrix,
+        out.reshape(-1), keypoints.view(np.uint16).reshape(-1), starts, frames, persons, numbers, origin, matrix,
         layout.parents, space == "3d", "b" in stream, "m" in stream,
     )  # fmt: skip
 
 
 @compiled
 def _value(bits: Array, place: Any) -> Any:
-    """float32 of the bits of a float32, or of a float16 less its factor of 2^112 (numba has none on a CPU)."""
+    """float32 of the bits of a float16, but for a factor of 2^112: numba has no float16 on a CPU."""
     word = np.uint32(bits[place])
-    if bits.itemsize == 2:
-        return np.uint32((word & np.uint32(0x8000)) << np.uint32(16) | (word & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
-    return word.view(np.float32)
+    return np.uint32((word & np.uint32(0x8000)) << np.uint32(16) | (word & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
 
 
 @compiled
@@ -145,7 +142,7 @@ def _write(
     for i in range(width):
         columns[i] = 3 * parents[i // 3] + i % 3
         sign[i] = -1 if i % 3 == 2 and not spatial else 1
-    unit = np.float32(2.0**112) if bits.itemsize == 2 else np.float32(1)
+    unit = np.float32(2.0**112)
     to, step = np.uintp(0), np.uintp(width)
     for clip in range(clips):
         turned = False

@@ -17,6 +17,8 @@ class Recogniser(PythonModel):  # type: ignore[misc]  # mlflow has no types
 
     def load_context(self, context: PythonModelContext) -> None:
         self.model = FusedModel.load(context.artifacts["fused"])
+        # Its loops compile at the first recording, for seconds where nothing is cached: no request waits for that.
+        self.model.predict([np.ones((1, 1, len(self.model.meta.layout.joints), 3))])
 
     def predict(self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, int] | None = None) -> pd.DataFrame:
         """One row per recording: `label`, `probability`, and `probabilities` as a mapping from class name."""

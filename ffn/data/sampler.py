@@ -23,12 +23,12 @@ TEST_SEED = 255
 class Sampler:
     """Clips of one stream, made on a CPU core for a network on `device`.
 
-    `keypoints` (R, V, 3) float16 or float32; sample i's person m, frame t is row `starts[i] + m * frames[i] + t`.
+    `keypoints` (R, V, 3) float16; sample i's person m, frame t is row `starts[i] + m * frames[i] + t`.
     Clips are (N, M, T, V, 3) float32. A core makes them much faster than a GPU trains on them, and a GPU gets them by way of
     pinned memory: nothing ever waits for it.
     """
 
-    keypoints: NDArray[np.floating[Any]]
+    keypoints: NDArray[np.float16]
     starts: Tensor
     frames: Tensor
     persons: Tensor
@@ -60,12 +60,12 @@ class Sampler:
         clip: ClipConfig,
         image_size: tuple[int, int] = (0, 0),
     ) -> Self:
-        """A sampler over recordings in memory, each (M, T, V, 3)."""
+        """A sampler over recordings in memory, each (M, T, V, 3), rounded to float16 as a set keeps them."""
         frames = torch.tensor([c.shape[1] for c in clips])
         persons = torch.tensor([c.shape[0] for c in clips])
         rows = frames * persons
         return cls(
-            keypoints=np.concatenate([c.reshape(-1, *c.shape[2:]) for c in clips]).astype(np.float32, copy=False),
+            keypoints=np.concatenate([c.reshape(-1, *c.shape[2:]) for c in clips]).astype(np.float16, copy=False),
             starts=rows.cumsum(0) - rows, frames=frames, persons=persons,
             image_sizes=torch.tensor(image_size).expand(len(clips), 2),
             layout=layout, space=space, stream=stream, clip=clip, device=torch.device("cpu"),

@@ -131,6 +131,7 @@ def test_canonical_persons_and_alignment_are_prenormalize3d():
     raw = rng.normal(size=(2, 30, 25, 3)) + np.array([0, 0, 3])
     raw[0, ::3] = 0
     raw[1, :4] = 0
+    raw = raw.astype(np.float16)
     stored = canonical_persons(raw.astype(np.float32))
     sampler = Sampler.of_arrays([stored], layout=NTU25, space="3d", stream="j", clip=ClipConfig(frames=8, test_clips=1))
     draws = torch.rand(1, 17, generator=torch.Generator().manual_seed(TEST_SEED))[0].numpy()
