@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import REPEATS, Row, Scale, compare, measured, require_close, threads
+from benchmarks.network import NTU, PAIRS
 from benchmarks.reference.network import Skeleton, take
 from ffn.checkpoint import Checkpoint
 from ffn.config import FUSIONS, Config, override, preset
@@ -29,8 +30,6 @@ from ffn.recogniser import Recogniser
 SIZE = (1920, 1080)
 CLASSES = 60
 BATCH = 8
-NTU, PAIRS = 10, 2
-"""A batch as NTU has recordings: a fifth shows two persons."""
 TOY = ("model.width=8", "model.depths=1,1", "clip.frames=12")
 WINDOWS: dict[Scale, int] = {"toy": 3, "quick": 100, "full": 500}
 """Windows a percentile is taken from."""
@@ -50,7 +49,7 @@ def _batch(scale: Scale, scratch: Path) -> Iterator[Row]:
     if scale != "toy":
         take(plain, network)
     pairs = _recordings(meta.config.clip.frames, 2, BATCH)
-    ntu = [pair[: 1 + (number < PAIRS)] for number, pair in enumerate(_recordings(meta.config.clip.frames, 2, NTU))]
+    ntu = [pair[: 1 + (number < PAIRS)] for number, pair in enumerate(_recordings(meta.config.clip.frames, 2, NTU[scale][0]))]
     cases = [("S0", pairs, None), ("S4", pairs, 2.0), ("S4", ntu, 2.0)]
     with threads(2):
         for name, recordings, target in cases[1:] if scale == "toy" else cases:

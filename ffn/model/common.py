@@ -1,5 +1,6 @@
 """What every network here does alike. Tensors are (N·M, C, T, V), channels last in memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class NormedConv2d(nn.Conv2d):
         weight, bias, stride = self.weight, self.bias, self.stride
         assert bias is not None
         if self.training:
-            weight, bias = _without_bias(weight, bias), bias.detach()
+            without_bias: Callable[..., Tensor] = _WithoutBias.apply
+            weight, bias = without_bias(weight, bias), bias.detach()
         if self.kernel_size == (1, 1):
             input, stride = input[:, :, :: stride[0], :: stride[1]], (1, 1)
         return functional.conv2d(input, weight, bias, stride, self.padding, self.dilation, self.groups)
@@ -40,11 +42,6 @@ class _WithoutBias(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (bias,) = ctx.saved_tensors
         return grads[0], torch.zeros_like(bias)
-
-
-def _without_bias(weight: Tensor, bias: Tensor) -> Tensor:
-    made: Tensor = _WithoutBias.apply(weight, bias)  # type: ignore[no-untyped-call]  # torch gives `apply` no types
-    return made
 
 
 def shortcut(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Module:

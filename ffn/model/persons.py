@@ -4,6 +4,7 @@ Clips have room for two persons, and four in five of NTU's recordings show one. 
 every module here: a batch needs to work out one. Only what mixes samples must know for how many it stands.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,9 +80,8 @@ def _normalized(norm: Any, x: Tensor) -> Tensor:
         y: Tensor = _BatchNorm.forward(norm, x)
         return y
     last = len(x) // norm.samples if norm.times > 1 else 0
-    # torch gives `apply` no types
-    made: tuple[Tensor, ...] = _Normalization.apply(x, norm.weight, norm.bias, norm.eps, last, norm.times, norm.joint)  # type: ignore[no-untyped-call]
-    y, mean, variance, count = made
+    normalization: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _Normalization.apply
+    y, mean, variance, count = normalization(x, norm.weight, norm.bias, norm.eps, last, norm.times, norm.joint)
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean, norm.momentum)

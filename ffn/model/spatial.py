@@ -1,6 +1,7 @@
 """Graph convolutions over the joints of one frame. Tensors are (N·M, C, T, V), channels last in memory."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,8 +82,8 @@ class SpatialShift(nn.Module):
         rows = x.permute(0, 2, 3, 1).reshape(b * t, v * c)
         mask = (torch.tanh(self.mask) + 1).to(x.dtype).view(-1)
         if self.training:
-            # torch gives `apply` no types
-            y: Tensor = _Shift.apply(rows, mask, self.alpha, self.source, self.target)  # type: ignore[no-untyped-call]
+            shift: Callable[..., Tensor] = _Shift.apply
+            y = shift(rows, mask, self.alpha, self.source, self.target)
         else:
             y = _difference(rows, self.alpha, self.source) * mask
         y = self.conv(y.view(b, t, v, c).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
