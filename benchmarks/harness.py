@@ -222,6 +222,8 @@ def table(rows: Iterable[Row]) -> str:
 
 _OWN = ("__main__", "harness")
 _ZEN = {"23": "Zen2", "25": "Zen3", "26": "Zen5"}
+_ZEN4 = {*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0)}
+"""Models of family 25 that are of the fourth generation."""
 
 
 def _module(group: str) -> Any:
@@ -257,9 +259,13 @@ def _cpu() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor() or platform.machine()
-    facts = dict(re.findall(r"^(model name|vendor_id|cpu family)\s*: (.*)$", text, re.MULTILINE))
+    facts = dict(re.findall(r"^(model name|vendor_id|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
     name = re.sub(r"\((R|TM)\)| CPU| Processor|@.*", "", facts.get("model name", platform.machine())).strip()
-    return f"{name} {_ZEN.get(facts.get('cpu family', ''), '')}".strip() if facts.get("vendor_id") == "AuthenticAMD" else name
+    if facts.get("vendor_id") != "AuthenticAMD":
+        return name
+    family = facts.get("cpu family", "")
+    zen = "Zen4" if family == "25" and int(facts.get("model", "0")) in _ZEN4 else _ZEN.get(family, "")
+    return f"{name} {zen}".strip()
 
 
 def _commit() -> str:

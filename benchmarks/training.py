@@ -230,12 +230,16 @@ def _least(network: nn.Module, clips: torch.Tensor, kind: torch.dtype) -> tuple[
     """(floating-point operations, bytes) of one training step on `clips`."""
     elements, hooks = 0, []
 
-    def count(module: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
+    def spatial(module: nn.Module, given: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
         nonlocal elements
-        elements += 3 * sum(x.numel() for x in given) + 2 * made.numel()
+        elements += 3 * given[0].numel() + (2 + 3 + 3) * y.numel()  # it is what the temporal module and attention read
 
-    for block in network.get_submodule("blocks").children():
-        hooks += [module.register_forward_hook(count) for name, module in block.named_children() if name != "residual"]
+    def block(module: nn.Module, given: tuple[torch.Tensor, ...], z: torch.Tensor) -> None:
+        nonlocal elements
+        elements += (2 + 3 + 2) * z.numel()
+
+    for each in network.get_submodule("blocks").children():
+        hooks += [each.get_submodule("spatial").register_forward_hook(spatial), each.register_forward_hook(block)]
     with FlopCounterMode(display=False) as counter:
         torch.autograd.backward(network(clips).square().mean())
     for hook in hooks:

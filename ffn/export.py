@@ -30,6 +30,7 @@ from ffn.errors import FFNError
 from ffn.inference import FusedModel, with_clips
 from ffn.layouts import Layout
 from ffn.model.attention import AFF
+from ffn.model.common import Layers
 from ffn.model.rivals.common import PersonNorm
 from ffn.model.spatial import ESFGCN, GCN
 from ffn.model.temporal import TCN
@@ -317,7 +318,7 @@ def _fold(module: nn.Module) -> nn.Module:
         setattr(module, name, _fold(child))
     if isinstance(module, AFF):
         return FoldedAFF(module)
-    if type(module) is nn.Sequential:
+    if isinstance(module, Layers) or type(module) is nn.Sequential:
         layers: list[nn.Module] = []
         for layer in module:
             if isinstance(layer, nn.BatchNorm2d) and layers and isinstance(layers[-1], nn.Conv2d):

@@ -1,5 +1,7 @@
 """What of this machine a process may use: its cores, and code compiled for them."""
 
+import ctypes
+import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -27,16 +29,51 @@ def _limit() -> float:
         return os.cpu_count() or 1
 
 
+def keep_memory() -> None:
+    """Let this process keep what it frees for its next use, where the C library is glibc.
+
+    A step of training frees a gigabyte and asks for it again; given back to the kernel, every page of it is cleared and
+    mapped anew.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 2**26)):
+        mallopt(option, value)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, of numbers and numpy arrays, as machine code; kept on disk for other processes where there is a place for it.
 
     Indices are not checked. Sums and products may be fused, nothing else of their rounding changes.
     """
+    return _compiled(function)
+
+
+def compiled_in_parallel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, with the passes of its `prange` shared by threads, as many as numba is told (`numba.set_num_threads`).
+
+    Sums may be taken in another order than the one they are written in, the same in every run.
+    Where they can be the threads are OpenMP's, those torch computes on: others would compete for the cores with them, which
+    go on waiting for a while after each operator.
+    """
+    if importlib.util.find_spec("numba.np.ufunc.omppool"):
+        import numba
+
+        numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
+    return _compiled(function, parallel=True, fastmath={"contract", "reassoc", "nsz"})
+
+
+def _compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     from numba import njit
 
-    settings: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    every: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}} | settings
     try:
-        made: Callable[..., Any] = njit(function, cache=True, **settings)
+        made: Callable[..., Any] = njit(function, cache=True, **every)
     except RuntimeError:  # no place: not beside the code, not NUMBA_CACHE_DIR, not the home folder
-        made = njit(function, **settings)
+        made = njit(function, **every)
     return made

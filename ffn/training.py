@@ -29,6 +29,7 @@ from ffn.data.sampler import Sampler
 from ffn.data.store import SkeletonSet, publishing
 from ffn.errors import FFNError
 from ffn.losses import loss
+from ffn.machine import keep_memory
 from ffn.model.network import build
 from ffn.parallel import Team
 
@@ -123,6 +124,8 @@ def train(
         return out
     key = train_key(data.digest, config, protocol, stream)
     state = state_dir / key / STATE
+    if where.type == "cpu":
+        keep_memory()
     with parallel.team(where) as team, deterministic(recipe.seed):
         first = team.rank == 0
         with locked(state.with_name("lock")) if first else contextlib.nullcontext():

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ffn.model.common import NormedConv2d
+from ffn.model.common import Layers, NormedConv2d
+from ffn.model.fused import Term, fusion, normal_sum
 from ffn.model.persons import BatchNorm2d, Counting, mean
 
 
@@ -23,6 +24,14 @@ class MSCAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         local: Tensor = self.local(x)
         return local.add_(self.globally(functional.adaptive_avg_pool2d(x, 1))).sigmoid_()
+
+    def parts(self, x: Tensor) -> tuple[Term, Tensor]:
+        """What the weights are the sigmoid of: L(x) as features and the batch-norm they have ahead of them, and G(x)."""
+        *_, norm = self.local
+        assert isinstance(norm, BatchNorm2d)
+        # A sum, divided when it is small: the gradient of a mean would be divided when it is spread over all of x.
+        mean = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        return (self.local[:-1](x), norm), self.globally(mean)
 
 
 class MSCAMGate(nn.Module):
@@ -109,9 +118,15 @@ class AFF(nn.Module):
         y = self.align(y)
         return torch.lerp(y, x, self.weights(x + y))  # y + m (x - y)
 
+    def fused(self, term: Term, y: Tensor, residual: Tensor | None) -> Tensor:
+        """The block's output: X is the normalised `term`, which is `fusable`; with the residual and ReLU."""
+        y = self.align(y)
+        both = normal_sum(term, residual=y, relu=False)
+        return fusion(both, y, *self.weights.parts(both), residual)
 
-def _bottleneck(channels: int, reduction: int) -> nn.Sequential:
-    return nn.Sequential(
+
+def _bottleneck(channels: int, reduction: int) -> Layers:
+    return Layers(
         NormedConv2d(channels, channels // reduction, 1),
         BatchNorm2d(channels // reduction),
         nn.ReLU(inplace=True),

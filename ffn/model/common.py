@@ -1,5 +1,6 @@
 """What every network here does alike. Tensors are (N·M, C, T, V), channels last in memory."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ffn.model.fused import normal_sum
 from ffn.model.persons import BatchNorm2d
 
 
@@ -20,14 +22,20 @@ class NormedConv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias, stride = self.weight, self.bias, self.stride
+        weight, bias = self.weights()
+        stride = self.stride
+        if self.kernel_size == (1, 1):
+            input, stride = input[:, :, :: stride[0], :: stride[1]], (1, 1)
+        return functional.conv2d(input, weight, bias, stride, self.padding, self.dilation, self.groups)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias as they go into the convolution."""
+        weight, bias = self.weight, self.bias
         assert bias is not None
         if self.training:
             without_bias: Callable[..., Tensor] = _WithoutBias.apply
             weight, bias = without_bias(weight, bias), bias.detach()
-        if self.kernel_size == (1, 1):
-            input, stride = input[:, :, :: stride[0], :: stride[1]], (1, 1)
-        return functional.conv2d(input, weight, bias, stride, self.padding, self.dilation, self.groups)
+        return weight, bias
 
 
 class _WithoutBias(torch.autograd.Function):
@@ -42,6 +50,20 @@ class _WithoutBias(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (bias,) = ctx.saved_tensors
         return grads[0], torch.zeros_like(bias)
+
+
+class Layers(nn.Sequential):
+    """Layers one after another, a batch-norm with the ReLU behind it as one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        before: nn.Module | None = None
+        for layer, following in itertools.zip_longest(self, list(self)[1:]):
+            if isinstance(layer, BatchNorm2d) and isinstance(following, nn.ReLU):
+                input = normal_sum((input, layer))
+            elif not (isinstance(layer, nn.ReLU) and isinstance(before, BatchNorm2d)):
+                input = layer(input)
+            before = layer
+        return input
 
 
 def shortcut(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Module:

@@ -11,6 +11,7 @@ from ffn.errors import FFNError
 from ffn.layouts import Layout
 from ffn.model.attention import AFF, CVSTA, DropAttention, MSCAMGate
 from ffn.model.common import channels_last_, shortcut
+from ffn.model.fused import fusable
 from ffn.model.graph import spatial_adjacency
 from ffn.model.persons import BatchNorm1d, pooled
 from ffn.model.rivals.aagcn import AAGCN
@@ -60,7 +61,7 @@ class Block(nn.Module):
             self.spatial = GCN(in_channels, out_channels, adjacency)
         else:
             self.spatial = ESFGCN(in_channels, out_channels, adjacency, alpha=config.alpha)
-        self.temporal: nn.Module = (TCN if config.temporal == "tcn" else MSFTCN)(out_channels, stride=stride)
+        self.temporal: TCN | MSFTCN = (TCN if config.temporal == "tcn" else MSFTCN)(out_channels, stride=stride)
         self.attention: nn.Module | None = None
         if config.attention == "aff":
             self.attention = AFF(out_channels, reduction=config.reduction, stride=stride)
@@ -76,12 +77,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.spatial(x)
+        residual: Tensor | None = None if self.residual is None else self.residual(x)
+        if isinstance(self.attention, AFF) and fusable(y, self.training):
+            return self.attention.fused(self.temporal.term(y), y, residual)
         z: Tensor = self.temporal(y)
         if self.attention is not None:
             z = self.attention(z, y)
-        if self.residual is not None:
-            z = z.add_(self.residual(x))
-        return z.relu_()
+        return (z if residual is None else z.add_(residual)).relu_()
 
 
 class Network(nn.Module):

@@ -1,13 +1,12 @@
 """Graph convolutions over the joints of one frame. Tensors are (N·M, C, T, V), channels last in memory."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ffn.model.fused import frame_product, normal_sum, shifted
 from ffn.model.persons import BatchNorm1d, BatchNorm2d
 
 
@@ -28,7 +27,7 @@ class GCN(nn.Module):
         self.norm = BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu_(self.norm(graph_conv(x, self.conv, self.adjacency * self.importance)))
+        return normal_sum((graph_conv(x, self.conv, self.adjacency * self.importance), self.norm))
 
 
 class ESFGCN(nn.Module):
@@ -49,15 +48,16 @@ class ESFGCN(nn.Module):
         self.shift = SpatialShift(in_channels, out_channels, joints=adjacency.shape[-1], alpha=alpha)
 
     def forward(self, x: Tensor) -> Tensor:
-        gcn: Tensor = self.norm(graph_conv(x, self.conv, self.adjacency))
-        return gcn.add_(self.residual(x)).add_(self.shift(x)).relu_()
+        gcn = graph_conv(x, self.conv, self.adjacency)
+        return normal_sum((gcn, self.norm), (self.shift(x), self.shift.norm), residual=self.residual(x))
 
 
 class SpatialShift(nn.Module):
     """Spatial shift: every channel of a joint looks at another joint, so that one joint sees the whole skeleton.
 
     Channel c of joint v takes the value of joint (v + c) mod V, less alpha times its own; a trainable mask weighs the
-    result, a 1x1 convolution mixes it: Y = W (X - alpha X0) M. Then batch-norm over joints and channels.
+    result, a 1x1 convolution mixes it: Y = W (X - alpha X0) M. Then comes `norm`, a batch-norm over joints and channels, which
+    is left to the sum it is part of.
     (B, C_in, T, V) -> (B, C_out, T, V). Source: Eq. (2); Shift-GCN's non-local shift, without CD-GCN's shift back,
     which the equation does not show.
     """
@@ -78,43 +78,9 @@ class SpatialShift(nn.Module):
         self.norm = BatchNorm1d(joints * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, t, v = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(b * t, v * c)
-        mask = (torch.tanh(self.mask) + 1).to(x.dtype).view(-1)
-        if self.training:
-            shift: Callable[..., Tensor] = _Shift.apply
-            y = shift(rows, mask, self.alpha, self.source, self.target)
-        else:
-            y = _difference(rows, self.alpha, self.source) * mask
-        y = self.conv(y.view(b, t, v, c).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        normal: Tensor = self.norm(y.reshape(b * t, -1))  # (B·T, V·C)
-        return normal.view(b, t, v, -1).permute(0, 3, 1, 2)
-
-
-class _Shift(torch.autograd.Function):
-    """(X - alpha X0) M on rows of V·C, with a gather for the gradient of its gather.
-
-    Autograd's own scatters, which is slow where it has to be reproducible; and every pass over the features that can be is in
-    place here.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, alpha: float, source: Tensor, target: Tensor) -> Tensor:
-        difference = _difference(x, alpha, source)
-        ctx.save_for_backward(difference, mask, target)
-        ctx.alpha = alpha
-        return difference * mask
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        difference, mask, target = ctx.saved_tensors
-        masked = grads[0] * mask
-        return _difference(masked, ctx.alpha, target), (grads[0] * difference).sum(0), None, None, None
-
-
-def _difference(x: Tensor, alpha: float, index: Tensor) -> Tensor:
-    """(R, V·C) rows with their values rearranged by `index`, less alpha times the rows as they are."""
-    return x.index_select(1, index).sub_(x, alpha=alpha)
+        mask = (torch.tanh(self.mask) + 1).view(-1)
+        y: Tensor = self.conv(shifted(x, mask, self.alpha, self.source, self.target, training=self.training))
+        return y
 
 
 def graph_conv(x: Tensor, conv: nn.Conv2d, adjacency: Tensor) -> Tensor:
@@ -125,18 +91,18 @@ def graph_conv(x: Tensor, conv: nn.Conv2d, adjacency: Tensor) -> Tensor:
     """
     subsets, _, w = adjacency.shape
     if not conv.training or conv.in_channels >= conv.out_channels // subsets:
-        return aggregate(conv(x), adjacency)
+        return aggregate(conv(x), adjacency, training=conv.training)
     b, c, t, v = x.shape
     weights = adjacency.permute(2, 0, 1).reshape(w * subsets, v)
     rows = x.permute(0, 2, 3, 1).reshape(b * t, v, c)
-    gathered = torch.bmm(weights.expand(b * t, w * subsets, v), rows).view(b, t, w, subsets * c).permute(0, 3, 1, 2)
+    gathered = frame_product(weights, rows, training=True).view(b, t, w, subsets * c).permute(0, 3, 1, 2)
     weight = conv.weight.view(subsets, -1, c).transpose(0, 1).reshape(-1, subsets * c, 1, 1)
     assert conv.bias is not None
     bias = conv.bias.view(subsets, -1).T @ adjacency.sum(1)  # (C_out, W)
     return functional.conv2d(gathered, weight).add_(bias[:, None])
 
 
-def aggregate(x: Tensor, adjacency: Tensor) -> Tensor:
+def aggregate(x: Tensor, adjacency: Tensor, *, training: bool = False) -> Tensor:
     """Sum over subsets and joints: (B, S·C, T, V) and (S, V, W) -> (B, C, T, W).
 
     A channels-last input is never copied: one product of (W, V·S) with every frame's (V·S, C).
@@ -145,4 +111,4 @@ def aggregate(x: Tensor, adjacency: Tensor) -> Tensor:
     s, _, w = adjacency.shape
     x_btvsc = x.permute(0, 2, 3, 1).reshape(b * t, v * s, -1)
     weights = adjacency.permute(2, 1, 0).reshape(w, v * s)
-    return torch.bmm(weights.expand(b * t, w, v * s), x_btvsc).view(b, t, w, -1).permute(0, 3, 1, 2)
+    return frame_product(weights, x_btvsc, training=training).view(b, t, w, -1).permute(0, 3, 1, 2)

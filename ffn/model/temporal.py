@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from ffn.model.common import NormedConv2d
+from ffn.model.common import Layers, NormedConv2d
+from ffn.model.fused import Term, branches, fusable, joined, normal
 from ffn.model.persons import BatchNorm2d
 
 
@@ -16,8 +18,11 @@ class TCN(nn.Module):
         self.norm = BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(self.conv(x))
-        return y
+        return normal(*self.term(x))
+
+    def term(self, x: Tensor) -> Term:
+        """Its output before the last batch-norm, and that."""
+        return self.conv(x), self.norm
 
 
 class MSFTCN(nn.Module):
@@ -37,7 +42,7 @@ class MSFTCN(nn.Module):
         if channels % 8:
             raise ValueError(f"MSF-TCN splits its channels into eight groups, got {channels}")
         width = channels // 8
-        self.enter = nn.Sequential(
+        self.enter = Layers(
             NormedConv2d(7 * width, 7 * width, 1, groups=7),
             BatchNorm2d(7 * width),
             nn.ReLU(inplace=True),
@@ -46,7 +51,7 @@ class MSFTCN(nn.Module):
         self.max_pool = nn.MaxPool2d((3, 1), (stride, 1), (1, 0))
         self.mean_pool = nn.AvgPool2d((3, 1), (stride, 1), (1, 0))
         self.point = NormedConv2d(width, width, 1, (stride, 1))
-        self.fuse = nn.Sequential(
+        self.fuse = Layers(
             BatchNorm2d(channels),
             nn.ReLU(inplace=True),
             NormedConv2d(channels, channels, 1),
@@ -54,16 +59,37 @@ class MSFTCN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        fused: Tensor = self.fuse(self.branches(x))
+        return fused
+
+    def term(self, x: Tensor) -> Term:
+        """Its output before the last batch-norm, and that."""
+        *_, norm = self.fuse
+        assert isinstance(norm, BatchNorm2d)
+        return self.fuse[:-1](self.branches(x)), norm
+
+    def branches(self, x: Tensor) -> Tensor:
+        """The branches side by side."""
+        if fusable(x, self.training):
+            return self._joined(x)
         width = x.shape[1] // 8
         to_enter, to_point = x.split_with_sizes([7 * width, width], 1)
         *groups, to_max, to_mean = self.enter(to_enter).chunk(7, 1)
-        branches: list[Tensor] = []
+        outputs: list[Tensor] = []
         for conv, group in zip(self.dilated, groups, strict=True):
             y = conv(group)
-            branches.append(y.add_(branches[-1]) if branches else y)
-        branches += [self.max_pool(to_max), self.mean_pool(to_mean), self.point(to_point)]
-        fused: Tensor = self.fuse(torch.cat(branches, 1))
-        return fused
+            outputs.append(y.add_(outputs[-1]) if outputs else y)
+        outputs += [self.max_pool(to_max), self.mean_pool(to_mean), self.point(to_point)]
+        return torch.cat(outputs, 1)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """The eighth is convolved with the others, before its stride, so that none is copied."""
+        enter, norm, *_ = self.enter
+        assert isinstance(enter, NormedConv2d)
+        assert isinstance(norm, BatchNorm2d)
+        weight, bias = (torch.cat(both) for both in zip(enter.weights(), self.point.weights(), strict=True))
+        *groups, to_max, to_mean, to_point = branches(functional.conv2d(x, weight, bias, groups=8), norm)
+        return joined([conv(group) for conv, group in zip(self.dilated, groups, strict=True)], to_max, to_mean, to_point)
 
 
 def temporal_conv(channels: int, *, kernel: int, stride: int, dilation: int = 1) -> NormedConv2d:
