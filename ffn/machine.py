@@ -43,6 +43,7 @@ def keep_memory() -> None:
         mallopt(option, value)
 
 
+_REORDERED = {"contract", "reassoc", "nsz"}
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
@@ -54,10 +55,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compiled(function)
 
 
-def compiled_in_parallel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`, with the passes of its `prange` shared by threads, as many as numba is told (`numba.set_num_threads`).
+def compiled_sums(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`; sums may be taken in another order than the one they are written in, the same in every run."""
+    return _compiled(function, fastmath=_REORDERED)
 
-    Sums may be taken in another order than the one they are written in, the same in every run.
+
+def compiled_in_parallel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled_sums`, the passes of its `prange` shared by threads, as many as numba is told (`numba.set_num_threads`).
+
     Where they can be the threads are OpenMP's, those torch computes on: others would compete for the cores with them, which
     go on waiting for a while after each operator.
     """
@@ -65,7 +70,7 @@ def compiled_in_parallel(function: Callable[..., Any]) -> Callable[..., Any]:
         import numba
 
         numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
-    return _compiled(function, parallel=True, fastmath={"contract", "reassoc", "nsz"})
+    return _compiled(function, parallel=True, fastmath=_REORDERED)
 
 
 def _compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:

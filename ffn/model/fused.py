@@ -88,9 +88,9 @@ def joined(convolved: Sequence[Tensor], to_max: Tensor, to_mean: Tensor, to_poin
     return together(to_max, to_mean, to_point, *convolved)
 
 
-def frame_product(matrix: Tensor, x: Tensor, *, training: bool) -> Tensor:
-    """`matrix` (P, J) times every frame of `x` (F, J, C): (F, P, C)."""
-    if not fusable(x, training):
+def frame_product(matrix: Tensor, x: Tensor) -> Tensor:
+    """`matrix` (P, J) times every frame of `x` (F, J, C): (F, P, C); in training."""
+    if not fusable(x, True):
         return torch.bmm(matrix.expand(len(x), *matrix.shape), x)
     product: Callable[..., Tensor] = _Product.apply
     return product(matrix, x)
@@ -345,21 +345,26 @@ class _Fusion(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """`frame_product`: the gradient of the matrix takes half the time of products by frame and their sum."""
+    """`frame_product`: torch's is a product for every frame, and the gradient of the matrix the sum of as many."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, x: Tensor) -> Tensor:
+        _share()
+        matrix, x = matrix.contiguous(), x.contiguous()
+        y = x.new_empty(len(x), len(matrix), x.shape[2])
+        loops.product(matrix.detach().numpy(), x.detach().numpy(), y.numpy())
         ctx.save_for_backward(matrix, x)
-        return torch.bmm(matrix.expand(len(x), *matrix.shape), x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         _share()
         matrix, x = ctx.saved_tensors
-        dy = grads[0].contiguous()
-        sums = torch.empty(loops.PARTS, *matrix.shape, dtype=x.dtype)
-        loops.product_moments(x.contiguous().numpy(), dy.numpy(), sums.numpy())
-        return sums.sum(0), torch.bmm(matrix.T.expand(len(x), *matrix.T.shape), dy)
+        dx, dmatrix = torch.empty_like(x), x.new_empty(loops.PARTS, *matrix.shape)
+        loops.product_gradients(
+            matrix.T.contiguous().numpy(), x.numpy(), grads[0].contiguous().numpy(), dx.numpy(), dmatrix.numpy()
+        )
+        return dmatrix.sum(0), dx
 
 
 class _Branches(torch.autograd.Function):

@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from ffn.machine import compiled, compiled_in_parallel
+from ffn.machine import compiled, compiled_in_parallel, compiled_sums
 
 Array = NDArray[Any]
 PARTS = 32
@@ -169,44 +169,91 @@ def shift_gradients(
                 dx[f, i] = there * target_mask[i] - alpha * dy[f, i] * mask[i]
 
 
+@compiled_sums
+def _product(matrix: Array, x: Array, f: Any, out: Array) -> None:
+    """`product` of frame `f`: two rows and three terms at a time, as many as registers hold with what they are made of."""
+    outputs, inputs = matrix.shape
+    channels = x.shape[2]
+    for p in range(0, outputs, 2):
+        second = p + 1 < outputs
+        q = p + 1 if second else p
+        for c in range(channels):
+            out[f, p, c] = 0
+            out[f, q, c] = 0
+        for j in range(0, inputs - 2, 3):
+            a0, a1, a2 = matrix[p, j], matrix[p, j + 1], matrix[p, j + 2]
+            b0, b1, b2 = matrix[q, j], matrix[q, j + 1], matrix[q, j + 2]
+            if second:
+                for c in range(channels):
+                    x0, x1, x2 = x[f, j, c], x[f, j + 1, c], x[f, j + 2, c]
+                    out[f, p, c] += a0 * x0 + a1 * x1 + a2 * x2
+                    out[f, q, c] += b0 * x0 + b1 * x1 + b2 * x2
+            else:
+                for c in range(channels):
+                    out[f, p, c] += a0 * x[f, j, c] + a1 * x[f, j + 1, c] + a2 * x[f, j + 2, c]
+        for j in range(inputs - inputs % 3, inputs):
+            a0, b0 = matrix[p, j], matrix[q, j] if second else x.dtype.type(0)
+            for c in range(channels):
+                out[f, p, c] += a0 * x[f, j, c]
+                out[f, q, c] += b0 * x[f, j, c]
+
+
+@compiled_sums
+def _product_moments(x: Array, dy: Array, f: Any, part: Any, sums: Array) -> None:
+    """Add sums over channels of `dy` (F, P, C) times `x` (F, J, C), of frame `f`, to `sums` (PARTS, P, J): six at a time."""
+    _, outputs, inputs = sums.shape
+    channels = x.shape[2]
+    for p in range(0, outputs, 2):
+        second = p + 1 < outputs
+        q = p + 1 if second else p
+        for j in range(0, inputs - 2, 3):
+            a0 = a1 = a2 = b0 = b1 = b2 = x.dtype.type(0)
+            for c in range(channels):
+                d, e = dy[f, p, c], dy[f, q, c]
+                x0, x1, x2 = x[f, j, c], x[f, j + 1, c], x[f, j + 2, c]
+                a0 += d * x0
+                a1 += d * x1
+                a2 += d * x2
+                b0 += e * x0
+                b1 += e * x1
+                b2 += e * x2
+            sums[part, p, j] += a0
+            sums[part, p, j + 1] += a1
+            sums[part, p, j + 2] += a2
+            if second:
+                sums[part, q, j] += b0
+                sums[part, q, j + 1] += b1
+                sums[part, q, j + 2] += b2
+        for j in range(inputs - inputs % 3, inputs):
+            a0 = b0 = x.dtype.type(0)
+            for c in range(channels):
+                a0 += dy[f, p, c] * x[f, j, c]
+                b0 += dy[f, q, c] * x[f, j, c]
+            sums[part, p, j] += a0
+            if second:
+                sums[part, q, j] += b0
+
+
 @compiled_in_parallel
-def product_moments(x: Array, dy: Array, sums: Array) -> None:
-    """Write sums over frames and channels of `dy` (F, P, C) times `x` (F, J, C) to `sums` (PARTS, P, J)."""
-    frames, inputs, channels = x.shape
-    outputs = dy.shape[1]
+def product(matrix: Array, x: Array, out: Array) -> None:
+    """Write `matrix` (P, J) times every frame of `x` (F, J, C) to `out` (F, P, C)."""
+    frames = len(x)
     for part in prange(PARTS):
-        for p in range(outputs):
-            for j in range(inputs):
-                sums[part, p, j] = 0
         for f in range(frames * part // PARTS, frames * (part + 1) // PARTS):
-            for p in range(0, outputs, 2):  # six sums at a time: as many as registers hold with what they are made of
-                q = min(p + 1, outputs - 1)
-                for j in range(0, inputs - 2, 3):
-                    a0 = a1 = a2 = b0 = b1 = b2 = x.dtype.type(0)
-                    for c in range(channels):
-                        d, e = dy[f, p, c], dy[f, q, c]
-                        x0, x1, x2 = x[f, j, c], x[f, j + 1, c], x[f, j + 2, c]
-                        a0 += d * x0
-                        a1 += d * x1
-                        a2 += d * x2
-                        b0 += e * x0
-                        b1 += e * x1
-                        b2 += e * x2
-                    sums[part, p, j] += a0
-                    sums[part, p, j + 1] += a1
-                    sums[part, p, j + 2] += a2
-                    if q > p:
-                        sums[part, q, j] += b0
-                        sums[part, q, j + 1] += b1
-                        sums[part, q, j + 2] += b2
-                for j in range(inputs - inputs % 3, inputs):
-                    a0 = b0 = x.dtype.type(0)
-                    for c in range(channels):
-                        a0 += dy[f, p, c] * x[f, j, c]
-                        b0 += dy[f, q, c] * x[f, j, c]
-                    sums[part, p, j] += a0
-                    if q > p:
-                        sums[part, q, j] += b0
+            _product(matrix, x, f, out)
+
+
+@compiled_in_parallel
+def product_gradients(transposed: Array, x: Array, dy: Array, dx: Array, dmatrix: Array) -> None:
+    """Write the gradients of `product` to `dx` (F, J, C) and, in parts, to `dmatrix` (PARTS, P, J); `transposed` (J, P)."""
+    frames = len(x)
+    for part in prange(PARTS):
+        for p in range(dmatrix.shape[1]):
+            for j in range(dmatrix.shape[2]):
+                dmatrix[part, p, j] = 0
+        for f in range(frames * part // PARTS, frames * (part + 1) // PARTS):  # a frame of `dy` is read once for both
+            _product(transposed, dy, f, dx)
+            _product_moments(x, dy, f, part, dmatrix)
 
 
 @compiled

