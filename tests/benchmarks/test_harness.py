@@ -81,3 +81,14 @@ def test_table_has_a_line_per_row():
 def test_unknown_group(capsys):
     assert main(["nonsense"]) == 2
     assert "no group 'nonsense': expected some of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "zen"), [(25, 1, "Zen3"), (25, 17, "Zen4"), (25, 160, "Zen4"), (26, 2, "Zen5"), (15, 1, "")]
+)
+def test_amds_generations_are_told_apart(family, model, zen, tmp_path, monkeypatch):
+    """Results of one must not go into the file of another."""
+    said = tmp_path / "cpuinfo"
+    said.write_text(f"vendor_id\t: AuthenticAMD\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\n")
+    monkeypatch.setattr(harness, "Path", lambda path: said)
+    assert harness._cpu() == f"AMD EPYC {zen}".strip()

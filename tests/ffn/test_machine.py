@@ -32,3 +32,14 @@ def test_code_is_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPa
     numba_njit = numba.njit
     monkeypatch.setattr(numba, "njit", njit)
     assert machine.compiled(lambda x: x.sum())(np.arange(4)) == 6
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_memory_is_kept_where_the_c_library_can(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.keep_memory()
+
+    def missing(name: None) -> None:
+        raise error
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    machine.keep_memory()
