@@ -69,7 +69,7 @@ def compiled_in_parallel(function: Callable[..., Any]) -> Callable[..., Any]:
     if importlib.util.find_spec("numba.np.ufunc.omppool"):
         import numba
 
-        numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
+        numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # made when numba starts
     return _compiled(function, parallel=True, fastmath=_REORDERED)
 
 

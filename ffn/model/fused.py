@@ -19,7 +19,7 @@ from ffn.model import loops
 from ffn.model.persons import BatchNorm1d, BatchNorm2d
 
 Array = NDArray[Any]
-_MOST: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+_MOST: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # made when numba starts
 Norm = BatchNorm1d | BatchNorm2d
 Term = tuple[Tensor, Norm]
 """Features (B, C, T, V) and their batch-norm: of C channels, or of V·C joints and channels."""
