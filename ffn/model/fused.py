@@ -67,8 +67,12 @@ def shifted(x: Tensor, mask: Tensor, alpha: float, source: Tensor, target: Tenso
     if fusable(x, training):
         shift: Callable[..., Tensor] = _Shift.apply
         return shift(x, mask, alpha, source, target)
-    frames = x.permute(0, 2, 3, 1).reshape(b * t, v * c)
-    y = frames.index_select(1, source).sub_(frames, alpha=alpha) * mask.to(x.dtype)
+    frames, mask = x.permute(0, 2, 3, 1).reshape(b * t, v * c), mask.to(x.dtype)
+    if training:
+        gathered: Callable[..., Tensor] = _GatheredShift.apply
+        y = gathered(frames, mask, alpha, source, target)
+    else:
+        y = _difference(frames, alpha, source) * mask
     return y.view(b, t, v, c).permute(0, 3, 1, 2)
 
 
@@ -469,3 +473,29 @@ class _Shift(torch.autograd.Function):
             moved.numpy(), still.numpy(),
         )  # fmt: skip
         return dx, moved.sum(0)[source] - ctx.alpha * still.sum(0), None, None, None
+
+
+class _GatheredShift(torch.autograd.Function):
+    """`shifted` of frames (F, V·C) in torch's operators, with a gather for the gradient of its gather.
+
+    Autograd's own scatters, which is slow where it has to be reproducible; and every pass over the features that can be is in
+    place here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, alpha: float, source: Tensor, target: Tensor) -> Tensor:
+        difference = _difference(x, alpha, source)
+        ctx.save_for_backward(difference, mask, target)
+        ctx.alpha = alpha
+        return difference * mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        difference, mask, target = ctx.saved_tensors
+        masked = grads[0] * mask
+        return _difference(masked, ctx.alpha, target), (grads[0] * difference).sum(0), None, None, None
+
+
+def _difference(x: Tensor, alpha: float, index: Tensor) -> Tensor:
+    """(F, V·C) frames with their values rearranged by `index`, less alpha times the frames as they are."""
+    return x.index_select(1, index).sub_(x, alpha=alpha)
