@@ -5,8 +5,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffn.model.common import Layers, NormedConv2d
-from ffn.model.fused import Term, fusion, normal_sum
+from ffn.model.fused import fusion
 from ffn.model.persons import BatchNorm2d, Counting, mean
+from ffn.model.products import Sum
+from ffn.model.statistics import Normal
 
 
 class MSCAM(nn.Module):
@@ -25,13 +27,17 @@ class MSCAM(nn.Module):
         local: Tensor = self.local(x)
         return local.add_(self.globally(functional.adaptive_avg_pool2d(x, 1))).sigmoid_()
 
-    def parts(self, x: Tensor) -> tuple[Term, Tensor]:
-        """What the weights are the sigmoid of: L(x) as features and the batch-norm they have ahead of them, and G(x)."""
-        *_, norm = self.local
+    def fused(self, x: Sum) -> tuple[Normal, Tensor, Tensor]:
+        """What the weights are the sigmoid of, L(x), to be normalised, and G(x); and `x`, whose features are `fusable`."""
+        enter, norm, _, leave, last = self.local
+        assert isinstance(enter, NormedConv2d)
+        assert isinstance(leave, NormedConv2d)
         assert isinstance(norm, BatchNorm2d)
-        # A sum, divided when it is small: the gradient of a mean would be divided when it is spread over all of x.
-        mean = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
-        return (self.local[:-1](x), norm), self.globally(mean)
+        assert isinstance(last, BatchNorm2d)
+        narrow, (same, total) = x.product(*enter.weights(), norm, copies=1, pooled=True)
+        local, _ = Sum((narrow,)).product(*leave.weights(), last)
+        mean = total[:, :, None, None] / (same.shape[2] * same.shape[3])
+        return local, self.globally(mean), same
 
 
 class MSCAMGate(nn.Module):
@@ -106,6 +112,7 @@ class AFF(nn.Module):
 
     def __init__(self, channels: int, *, reduction: int, stride: int) -> None:
         super().__init__()
+        self.channels = channels, channels // reduction
         self.weights = MSCAM(channels, reduction=reduction)
         self.align: nn.Module = nn.Identity()
         if stride > 1:
@@ -118,11 +125,12 @@ class AFF(nn.Module):
         y = self.align(y)
         return torch.lerp(y, x, self.weights(x + y))  # y + m (x - y)
 
-    def fused(self, term: Term, y: Tensor, residual: Tensor | None) -> Tensor:
-        """The block's output: X is the normalised `term`, which is `fusable`; with the residual and ReLU."""
-        y = self.align(y)
-        both = normal_sum(term, residual=y, relu=False)
-        return fusion(both, y, *self.weights.parts(both), residual)
+    def fused(self, x: Normal, y: Tensor, y_again: Tensor, residual: Tensor | None) -> Tensor:
+        """The block's output, of `fusable` features, with the residual and ReLU; `y` twice: two gradients meet in one pass."""
+        if not isinstance(self.align, nn.Identity):
+            y = y_again = self.align(y)
+        local, globally, both = self.weights.fused(Sum((x,), y, relu=False))
+        return fusion(both, y_again, local, globally, residual)
 
 
 def _bottleneck(channels: int, reduction: int) -> Layers:

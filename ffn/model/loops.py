@@ -8,7 +8,9 @@ the number of threads. Numbers of every argument are of one type, float32 or flo
 
 from typing import Any
 
+import numba
 import numpy as np
+import torch
 from numba import prange
 from numpy.typing import NDArray
 
@@ -16,157 +18,163 @@ from ffn.machine import compiled, compiled_in_parallel, compiled_sums
 
 Array = NDArray[Any]
 PARTS = 32
+_MOST: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # made when numba starts
+
+
+def share_threads() -> None:
+    """As many threads for the loops as torch has, which numba, when it first starts, gives every core."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, _MOST))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@compiled_sums
+def piece(part: Any, parts: Any, samples: Any, frames: Any) -> Any:
+    """The sample of a part, and its first frame and the one after its last."""
+    pieces = parts // samples
+    sample, number = part // pieces, part % pieces
+    return sample, frames * number // pieces, frames * (number + 1) // pieces
+
+
+@compiled_sums
+def add_powers(x: Array, at: Any, rows: Any, sums: Array, part: Any) -> None:
+    """Add sums of x - pivot and of its square to sums[part] (3, P, C), of `rows` of `x` (R, C) from `at` on.
+
+    The third of them is the pivot. A sum is read and written once for four rows.
+    """
+    _, _, period, channels = sums.shape
+    for p in range(period):
+        for r0 in range(at + p, at + rows - 3 * period, 4 * period):
+            r1, r2, r3 = r0 + period, r0 + 2 * period, r0 + 3 * period
+            for c in range(channels):
+                pivot = sums[part, 2, p, c]
+                d0, d1, d2, d3 = x[r0, c] - pivot, x[r1, c] - pivot, x[r2, c] - pivot, x[r3, c] - pivot
+                sums[part, 0, p, c] += d0 + d1 + d2 + d3
+                sums[part, 1, p, c] += d0 * d0 + d1 * d1 + d2 * d2 + d3 * d3
+        for r in range(at + rows // (4 * period) * (4 * period) + p, at + rows, period):
+            for c in range(channels):
+                d = x[r, c] - sums[part, 2, p, c]
+                sums[part, 0, p, c] += d
+                sums[part, 1, p, c] += d * d
+
+
+@compiled_sums
+def add_moments(d: Array, at: Any, x: Array, x_at: Any, rows: Any, mean: Array, kind: Any, sums: Array, part: Any) -> None:
+    """Add sums of d, if `kind` is 1, and of d (x - mean), of this `kind`, to sums[part] (2 or 3, P, C).
+
+    They are of `rows` of `d` from `at` on, and of `x` from `x_at` on.
+    """
+    _, _, period, channels = sums.shape
+    for p in range(period):
+        for r0 in range(p, rows - 3 * period, 4 * period):
+            i0, j0 = at + r0, x_at + r0
+            i1, i2, i3 = i0 + period, i0 + 2 * period, i0 + 3 * period
+            j1, j2, j3 = j0 + period, j0 + 2 * period, j0 + 3 * period
+            for c in range(channels):
+                d0, d1, d2, d3 = d[i0, c], d[i1, c], d[i2, c], d[i3, c]
+                m = mean[p, c]
+                sums[part, kind, p, c] += d0 * (x[j0, c] - m) + d1 * (x[j1, c] - m) + d2 * (x[j2, c] - m) + d3 * (x[j3, c] - m)
+                if kind == 1:
+                    sums[part, 0, p, c] += d0 + d1 + d2 + d3
+        for r in range(rows // (4 * period) * (4 * period) + p, rows, period):
+            for c in range(channels):
+                sums[part, kind, p, c] += d[at + r, c] * (x[x_at + r, c] - mean[p, c])
+                if kind == 1:
+                    sums[part, 0, p, c] += d[at + r, c]
 
 
 @compiled_in_parallel
-def moments(x: Array, pivot: Array, sums: Array) -> None:
-    """Sums of x - pivot and of its square into `sums` (PARTS, 2, P, N), over the first N channels of `x` (R, C); `pivot` (P, N)."""
+def moments(x: Array, samples: int, length: int, sums: Array) -> None:
+    """Sums of x - pivot and of its square, and the pivot, a value among them, into `sums` (parts, 3, P, C); `x` (R, C).
+
+    A part is a piece of one of the `samples`, which have `length` frames.
+    """
     parts, _, period, channels = sums.shape
-    groups = len(x) // period
+    joints = len(x) // (samples * length)
     for part in prange(parts):
+        sample, first, last = piece(part, parts, samples, length)
+        at = (sample * length + first) * joints
         for p in range(period):
             for c in range(channels):
                 sums[part, 0, p, c] = 0
                 sums[part, 1, p, c] = 0
-        first, last = groups * part // parts, groups * (part + 1) // parts
-        for group in range(first, last - 3, 4):  # a sum is read and written once for four rows
-            for p in range(period):
-                r0 = group * period + p
-                r1, r2, r3 = r0 + period, r0 + 2 * period, r0 + 3 * period
-                for c in range(channels):
-                    middle = pivot[p, c]
-                    d0, d1, d2, d3 = x[r0, c] - middle, x[r1, c] - middle, x[r2, c] - middle, x[r3, c] - middle
-                    sums[part, 0, p, c] += d0 + d1 + d2 + d3
-                    sums[part, 1, p, c] += d0 * d0 + d1 * d1 + d2 * d2 + d3 * d3
-        for group in range(last - (last - first) % 4, last):
-            for p in range(period):
-                r = group * period + p
-                for c in range(channels):
-                    d = x[r, c] - pivot[p, c]
-                    sums[part, 0, p, c] += d
-                    sums[part, 1, p, c] += d * d
+                sums[part, 2, p, c] = x[at + p, c]
+        add_powers(x, at, (last - first) * joints, sums, part)
+
+
+@compiled
+def about_zero(sums: Array, counts: Array, times: Array, joined: Array) -> None:
+    """Sums of x and of its square, and how many there are, into `joined` (3, P, C) float64, from those of `moments`.
+
+    A part has `counts` (parts,) of them, which stand for `times` (parts,) as many.
+    """
+    joined[:] = 0
+    for part in range(len(sums)):
+        count, often = counts[part], times[part]
+        for p in range(sums.shape[2]):
+            for c in range(sums.shape[3]):
+                first, second = np.float64(sums[part, 0, p, c]), np.float64(sums[part, 1, p, c])
+                pivot = np.float64(sums[part, 2, p, c])
+                joined[0, p, c] += often * (first + count * pivot)
+                joined[1, p, c] += often * (second + pivot * (2 * first + count * pivot))
+                joined[2, p, c] += often * count
 
 
 @compiled_in_parallel
 def normal_sum(
     x: Array, slope: Array, level: Array, x2: Any, slope2: Any, level2: Any, residual: Any, floor: Any, out: Array
 ) -> None:
-    """Write slope·x + level to `out` (R, C), at least `floor`; with the same of `x2` and `residual`, if not None."""
-    period, channels = slope.shape
-    groups = len(x) // period
-    for part in prange(PARTS):
-        for group in range(groups * part // PARTS, groups * (part + 1) // PARTS):
-            for p in range(period):
-                r = group * period + p
-                for c in range(channels):
-                    y = x[r, c] * slope[p, c] + level[p, c]
-                    if x2 is not None:
-                        y += x2[r, c] * slope2[p, c] + level2[p, c]
-                    if residual is not None:
-                        y += residual[r, c]
-                    out[r, c] = floor if y < floor else y
-
-
-@compiled
-def _through(dy: Array, y: Any, r: Any, c: Any) -> Any:
-    """The gradient `dy` (R, C) before the ReLU that made `y`, all of it where `y` is None."""
-    if y is None:
-        return dy[r, c]
-    return dy[r, c] if y[r, c] > 0 else dy.dtype.type(0)
-
-
-@compiled_in_parallel
-def normal_sum_moments(dy: Array, y: Any, x: Array, mean: Array, x2: Any, mean2: Any, sums: Array) -> None:
-    """Sums of dz, of dz (x - mean), and where there is an `x2` of dz (x2 - mean2), into `sums` (PARTS, 2 or 3, P, C).
-
-    dz is the gradient `dy` (R, C) where `y` is above zero; all of `dy` where `y` is None.
-    """
-    _, kinds, period, channels = sums.shape
-    groups = len(x) // period
-    for part in prange(PARTS):
-        for k in range(kinds):
-            for p in range(period):
-                for c in range(channels):
-                    sums[part, k, p, c] = 0
-        first, last = groups * part // PARTS, groups * (part + 1) // PARTS
-        for group in range(first, last - 3, 4):
-            for p in range(period):
-                r0 = group * period + p
-                r1, r2, r3 = r0 + period, r0 + 2 * period, r0 + 3 * period
-                for c in range(channels):
-                    z0, z1, z2, z3 = _through(dy, y, r0, c), _through(dy, y, r1, c), _through(dy, y, r2, c), _through(dy, y, r3, c)
-                    m = mean[p, c]
-                    sums[part, 0, p, c] += z0 + z1 + z2 + z3
-                    sums[part, 1, p, c] += z0 * (x[r0, c] - m) + z1 * (x[r1, c] - m) + z2 * (x[r2, c] - m) + z3 * (x[r3, c] - m)
-                    if x2 is not None:
-                        m = mean2[p, c]
-                        sums[part, 2, p, c] += (
-                            z0 * (x2[r0, c] - m) + z1 * (x2[r1, c] - m) + z2 * (x2[r2, c] - m) + z3 * (x2[r3, c] - m)
-                        )
-        for group in range(last - (last - first) % 4, last):
-            for p in range(period):
-                r = group * period + p
-                for c in range(channels):
-                    dz = _through(dy, y, r, c)
-                    sums[part, 0, p, c] += dz
-                    sums[part, 1, p, c] += dz * (x[r, c] - mean[p, c])
-                    if x2 is not None:
-                        sums[part, 2, p, c] += dz * (x2[r, c] - mean2[p, c])
-
-
-@compiled_in_parallel
-def normal_sum_gradients(
-    dy: Array, y: Any, x: Array, terms: Array, dx: Array, x2: Any, terms2: Any, dx2: Any, dresidual: Any, last: int, times: Any
-) -> None:
-    """Write the gradients of `normal_sum`: terms[0]·dz + terms[1]·x + terms[2], `terms` (3, P, C), to `dx`; dz to `dresidual`.
-
-    What does not come of dz counts `times` times from row `last` on.
-    """
-    _, period, channels = terms.shape
-    groups = len(x) // period
-    for part in prange(PARTS):
-        for group in range(groups * part // PARTS, groups * (part + 1) // PARTS):
-            for p in range(period):
-                r = group * period + p
-                count = times if r >= last else x.dtype.type(1)
-                for c in range(channels):
-                    dz = _through(dy, y, r, c)
-                    dx[r, c] = terms[0, p, c] * dz + count * (terms[1, p, c] * x[r, c] + terms[2, p, c])
-                    if x2 is not None:
-                        dx2[r, c] = terms2[0, p, c] * dz + count * (terms2[1, p, c] * x2[r, c] + terms2[2, p, c])
-                    if dresidual is not None:
-                        dresidual[r, c] = dz
-
-
-@compiled_in_parallel
-def shift(x: Array, source: Array, mask: Array, alpha: Any, out: Array) -> None:
-    """Write (x[f, source] - alpha x[f]) mask, frame by frame, to `out` (F, V·C); `source` and `mask` (V·C,)."""
+    """Write slope·x + level of frames to `out` (F, V·C), at least `floor`; with the same of `x2` and `residual`, if not None."""
     frames, entries = x.shape
     for part in prange(PARTS):
         for f in range(frames * part // PARTS, frames * (part + 1) // PARTS):
             for i in range(entries):
-                out[f, i] = (x[f, source[i]] - alpha * x[f, i]) * mask[i]
+                y = x[f, i] * slope[i] + level[i]
+                if x2 is not None:
+                    y += x2[f, i] * slope2[i] + level2[i]
+                if residual is not None:
+                    y += residual[f, i]
+                out[f, i] = floor if y < floor else y
 
 
 @compiled_in_parallel
-def shift_gradients(
-    dy: Array, x: Array, target: Array, mask: Array, target_mask: Array, alpha: Any, dx: Array, moved: Array, still: Array
-) -> None:
-    """Write the gradient of `shift` to `dx` (F, V·C); sums of dy[target]·x and of dy·x, in parts, to `moved` and `still`.
+def normal_sum_gradients(dy: Array, y: Any, x: Array, mean: Array, x2: Any, mean2: Any, dz: Any, sums: Array) -> None:
+    """Write the gradient of a sum before its ReLU, `dy` (F, V·C) where `y` is above zero, to `dz`; both None where it has no ReLU.
 
-    `target` undoes the source, `target_mask` is the mask there. The gradient of the mask is moved[source] - alpha still.
+    Sums of it, of it times (x - mean), and where there is an `x2` of it times (x2 - mean2), go into `sums` (PARTS, 2 or 3, 1, V·C).
     """
     frames, entries = x.shape
     for part in prange(PARTS):
-        for i in range(entries):
-            moved[part, i] = 0
-            still[part, i] = 0
+        sums[part] = 0
+        first, last = frames * part // PARTS, frames * (part + 1) // PARTS
+        for f in range(first, last, 4):
+            some = min(4, last - f)
+            if y is None:
+                add_moments(dy, f, x, f, some, mean, 1, sums, part)
+                if x2 is not None:
+                    add_moments(dy, f, x2, f, some, mean2, 2, sums, part)
+            else:
+                for g in range(f, f + some):
+                    for i in range(entries):
+                        dz[g, i] = dy[g, i] if y[g, i] > 0 else dy.dtype.type(0)
+                add_moments(dz, f, x, f, some, mean, 1, sums, part)
+                if x2 is not None:
+                    add_moments(dz, f, x2, f, some, mean2, 2, sums, part)
+
+
+@compiled_in_parallel
+def normal_gradients(dz: Array, x: Array, terms: Array, last: int, times: Any, dx: Array) -> None:
+    """Write the gradient of frames `x`, terms[0]·dz + terms[1]·x + terms[2], to `dx` (F, V·C); `dz` is of x normalised.
+
+    What does not come of `dz` counts `times` times from frame `last` on; `terms` are (3, V·C).
+    """
+    frames, entries = x.shape
+    for part in prange(PARTS):
         for f in range(frames * part // PARTS, frames * (part + 1) // PARTS):
+            count = times if f >= last else x.dtype.type(1)
             for i in range(entries):
-                there = dy[f, target[i]]
-                moved[part, i] += there * x[f, i]
-                still[part, i] += dy[f, i] * x[f, i]
-                dx[f, i] = there * target_mask[i] - alpha * dy[f, i] * mask[i]
+                dx[f, i] = terms[0, i] * dz[f, i] + count * (terms[1, i] * x[f, i] + terms[2, i])
 
 
 @compiled_sums
@@ -199,7 +207,7 @@ def _product(matrix: Array, x: Array, f: Any, out: Array) -> None:
 
 
 @compiled_sums
-def _product_moments(x: Array, dy: Array, f: Any, part: Any, sums: Array) -> None:
+def product_moments(x: Array, dy: Array, f: Any, part: Any, sums: Array) -> None:
     """Add sums over channels of `dy` (F, P, C) times `x` (F, J, C), of frame `f`, to `sums` (PARTS, P, J): six at a time."""
     _, outputs, inputs = sums.shape
     channels = x.shape[2]
@@ -253,7 +261,7 @@ def product_gradients(transposed: Array, x: Array, dy: Array, dx: Array, dmatrix
                 dmatrix[part, p, j] = 0
         for f in range(frames * part // PARTS, frames * (part + 1) // PARTS):  # a frame of `dy` is read once for both
             _product(transposed, dy, f, dx)
-            _product_moments(x, dy, f, part, dmatrix)
+            product_moments(x, dy, f, part, dmatrix)
 
 
 @compiled
@@ -271,9 +279,9 @@ def _sigmoid(x: Any) -> Any:
 
 @compiled_in_parallel
 def fusion(
-    of: Array, slope: Array, level: Array, offset: Array, both: Array, y: Array, residual: Any, m: Array, out: Array
+    of: Array, slope: Array, level: Array, offset: Array, both: Array, y: Array, residual: Array, m: Array, out: Array
 ) -> None:
-    """Write m = sigmoid(slope·of + level + offset), and to `out` the ReLU of y + m (both - 2 y), plus any `residual`.
+    """Write m = sigmoid(slope·of + level + offset), and to `out` the ReLU of y + m (both - 2 y), plus `residual`, if it has any.
 
     All are (B, R, C), `slope` and `level` (C,), `offset` (B, C).
     """
@@ -284,41 +292,24 @@ def fusion(
                 x = of[n, r, c] * slope[c] + (level[c] + offset[n, c])
                 share = _sigmoid(x) if both.itemsize == 4 else 1 / (1 + np.exp(-x))
                 z = y[n, r, c] + share * (both[n, r, c] - y[n, r, c] - y[n, r, c])
-                if residual is not None:
+                if len(residual):
                     z += residual[n, r, c]
                 m[n, r, c] = share
                 out[n, r, c] = both.dtype.type(0) if z < 0 else z
 
 
 @compiled_in_parallel
-def fusion_moments(dz: Array, z: Array, both: Array, y: Array, m: Array, of: Array, mean: Array, sums: Array) -> None:
-    """Sums of g and of g (of - mean) of every sample into `sums` (B, 2, C), g being the gradient of what `m` is the sigmoid of."""
-    samples, rows, channels = both.shape
-    for n in prange(samples):
-        for c in range(channels):
-            sums[n, 0, c] = 0
-            sums[n, 1, c] = 0
-        for r in range(rows):
-            for c in range(channels):
-                d = dz[n, r, c] if z[n, r, c] > 0 else dz.dtype.type(0)
-                share = m[n, r, c]
-                g = d * (both[n, r, c] - y[n, r, c] - y[n, r, c]) * (share - share * share)
-                sums[n, 0, c] += g
-                sums[n, 1, c] += g * (of[n, r, c] - mean[c])
-
-
-@compiled_in_parallel
 def fusion_gradients(
-    dz: Array, z: Array, both: Array, y: Array, m: Array, of: Array, terms: Array,
-    dboth: Array, dy: Array, dof: Array, dresidual: Any, last: int, times: Any,
+    dz: Array, z: Array, both: Array, y: Array, m: Array, of: Array, mean: Array,
+    dboth: Array, dy: Array, dof: Array, dresidual: Array, sums: Array,
 ) -> None:  # fmt: skip
-    """Write the gradients of `fusion`'s arguments (B, R, C); that of `of` through its batch-norm, by `terms` (3, C).
+    """Write the gradients of `fusion`'s arguments (B, R, C), that of `of` normalised; `dresidual` is empty where there is none.
 
-    What does not come of dz counts `times` times from sample `last` on.
+    Sums of that one, and of it times (of - mean), `mean` (1, C), go into `sums` (B, 2, 1, C).
     """
     samples, rows, channels = both.shape
     for n in prange(samples):
-        count = times if n >= last else dz.dtype.type(1)
+        sums[n] = 0
         for r in range(rows):
             for c in range(channels):
                 d = dz[n, r, c] if z[n, r, c] > 0 else dz.dtype.type(0)
@@ -326,9 +317,11 @@ def fusion_gradients(
                 g = d * (both[n, r, c] - y[n, r, c] - y[n, r, c]) * (share - share * share)
                 dboth[n, r, c] = d * share
                 dy[n, r, c] = d - d * (share + share)
-                dof[n, r, c] = terms[0, c] * g + count * (terms[1, c] * of[n, r, c] + terms[2, c])
-                if dresidual is not None:
+                dof[n, r, c] = g
+                if len(dresidual):
                     dresidual[n, r, c] = d
+            if r % 4 == 3 or r == rows - 1:
+                add_moments(dof[n], r // 4 * 4, of[n], r // 4 * 4, r % 4 + 1, mean, 1, sums, n)
 
 
 @compiled_in_parallel
@@ -350,12 +343,17 @@ def branches(x: Array, slope: Array, level: Array, out: Array) -> None:
 
 
 @compiled_in_parallel
-def branches_gradients(dy: Any, y: Array, out: Array) -> None:
-    """Write `dy`, eight (R, C / 8), side by side to `out` (R, C): zero where `y` (8, R, C / 8) is, but for the last eighth."""
+def branches_gradients(dy: Any, y: Array, x: Array, mean: Array, out: Array, sums: Array) -> None:
+    """Write `dy`, eight (R, C / 8), side by side to `out` (R, C): zero where `y` (8, R, C / 8) is, but for the last eighth.
+
+    Sums of the others, and of them times (x - mean), `mean` (1, 7 C / 8), go into `sums` (PARTS, 2, 1, 7 C / 8).
+    """
     d0, d1, d2, d3, d4, d5, d6, d7 = dy
     rows, width = d0.shape
     for part in prange(PARTS):
-        for r in range(rows * part // PARTS, rows * (part + 1) // PARTS):  # an index into `dy` would not be vectorised
+        sums[part] = 0
+        first, last = rows * part // PARTS, rows * (part + 1) // PARTS
+        for r in range(first, last):  # an index into `dy` would not be vectorised
             for i in range(width):
                 out[r, i] = d0[r, i] if y[0, r, i] > 0 else y.dtype.type(0)
             for i in range(width):
@@ -372,11 +370,14 @@ def branches_gradients(dy: Any, y: Array, out: Array) -> None:
                 out[r, 6 * width + i] = d6[r, i] if y[6, r, i] > 0 else y.dtype.type(0)
             for i in range(width):
                 out[r, 7 * width + i] = d7[r, i]
+            if (r - first) % 4 == 3 or r == last - 1:
+                at = r - (r - first) % 4
+                add_moments(out, at, x, at, r + 1 - at, mean, 1, sums, part)
 
 
 @compiled_in_parallel
-def joined(convolved: Any, to_max: Array, to_mean: Array, to_point: Array, out: Array) -> None:
-    """Write the eight branches of MSF-TCN side by side to `out` (B, T', V, 8, W).
+def joined(convolved: Any, to_max: Array, to_mean: Array, to_point: Array, out: Array, sums: Array) -> None:
+    """Write the eight branches of MSF-TCN side by side to `out` (B, T', V, 8, W), and their `moments` into `sums` (B, 3, 1, 8 W).
 
     Five `convolved` (B, T', V, W), each with those before it added; maximum and mean over three frames, and every frame that the
     stride keeps, of the last three (B, T, V, W).
@@ -386,6 +387,7 @@ def joined(convolved: Any, to_max: Array, to_mean: Array, to_point: Array, out: 
     stride = (frames + steps - 1) // steps
     y0, y1, y2, y3, y4 = convolved
     for n in prange(samples):
+        rows = out[n].reshape(steps * joints, 8 * width)
         for step in range(steps):
             t = step * stride
             low, high = max(t - 1, 0), min(t + 1, frames - 1)
@@ -409,16 +411,27 @@ def joined(convolved: Any, to_max: Array, to_mean: Array, to_point: Array, out: 
                     c = c if high > t else out.dtype.type(0)
                     out[n, step, v, 6, i] = (a + b + c) / out.dtype.type(3)
                     out[n, step, v, 7, i] = to_point[n, t, v, i]
+            if step == 0:
+                for c in range(8 * width):
+                    sums[n, 0, 0, c], sums[n, 1, 0, c], sums[n, 2, 0, c] = 0, 0, rows[0, c]
+            add_powers(rows, step * joints, joints, sums, n)
 
 
 @compiled_in_parallel
-def joined_gradients(dy: Array, to_max: Array, convolved: Any, dmax: Array, dmean: Array, dpoint: Array) -> None:
-    """Write the gradients of `joined` to its arguments' likes: the first of equal values is the largest one."""
-    samples, steps, joints, _, width = dy.shape
+def joined_gradients(
+    dz: Array, y: Array, terms: Array, times: Any, to_max: Array, convolved: Any, dmax: Array, dmean: Array, dpoint: Array
+) -> None:
+    """Write the gradients of `joined` to its arguments' likes, from `dz`, that of its `y` normalised: see `normal_gradients`.
+
+    `terms` are (3, 8, W); the last sample counts `times` times. The first of equal values is the largest one.
+    """
+    samples, steps, joints, _, width = dz.shape
     frames = to_max.shape[1]
     stride = (frames + steps - 1) // steps
     d0, d1, d2, d3, d4 = convolved
     for n in prange(samples):
+        dy = np.empty((8, width), dz.dtype)
+        count = times if n == samples - 1 else dz.dtype.type(1)
         for t in range(frames):
             for v in range(joints):
                 for i in range(width):
@@ -429,33 +442,81 @@ def joined_gradients(dy: Array, to_max: Array, convolved: Any, dmax: Array, dmea
             t = step * stride
             low, high = max(t - 1, 0), min(t + 1, frames - 1)
             for v in range(joints):
+                for k in range(8):
+                    for i in range(width):
+                        dy[k, i] = terms[0, k, i] * dz[n, step, v, k, i] + count * (
+                            terms[1, k, i] * y[n, step, v, k, i] + terms[2, k, i]
+                        )
                 for i in range(width):
-                    d = dy[n, step, v, 4, i]
+                    d = dy[4, i]
                     d4[n, step, v, i] = d
-                    d += dy[n, step, v, 3, i]
+                    d += dy[3, i]
                     d3[n, step, v, i] = d
-                    d += dy[n, step, v, 2, i]
+                    d += dy[2, i]
                     d2[n, step, v, i] = d
-                    d += dy[n, step, v, 1, i]
+                    d += dy[1, i]
                     d1[n, step, v, i] = d
-                    d += dy[n, step, v, 0, i]
+                    d += dy[0, i]
                     d0[n, step, v, i] = d
-                    dpoint[n, t, v, i] = dy[n, step, v, 7, i]
+                    dpoint[n, t, v, i] = dy[7, i]
                 for i in range(width):
-                    d = dy[n, step, v, 5, i]
+                    d = dy[5, i]
                     a, b, c = to_max[n, low, v, i], to_max[n, t, v, i], to_max[n, high, v, i]
                     first = (a >= b) & (a >= c)
                     second = (b >= c) & (not first)
-                    dmax[n, low, v, i] += d if first else dy.dtype.type(0)
-                    dmax[n, t, v, i] += d if second else dy.dtype.type(0)
-                    dmax[n, high, v, i] += dy.dtype.type(0) if first | second else d
+                    dmax[n, low, v, i] += d if first else dz.dtype.type(0)
+                    dmax[n, t, v, i] += d if second else dz.dtype.type(0)
+                    dmax[n, high, v, i] += dz.dtype.type(0) if first | second else d
                 for i in range(width):
-                    d = dy[n, step, v, 6, i] / dy.dtype.type(3)
+                    d = dy[6, i] / dz.dtype.type(3)
                     dmean[n, t, v, i] += d
                     if low < t:
                         dmean[n, low, v, i] += d
                     if high > t:
                         dmean[n, high, v, i] += d
+
+
+@compiled
+def affine(
+    said: Array, weight: Array, bias: Array, eps: float, momentum: float, running_mean: Array, running_variance: Array, mean: Array,
+    scale: Array, made: Array,
+) -> None:  # fmt: skip
+    """From the sums of `about_zero` over all there is: `mean` and `scale`, 1 / standard deviation, (P, C) float64.
+
+    They go into the running statistics (P·C,), and `made` (3, V·C) becomes slope, level and mean of a frame's entries:
+    slope·x + level is normal.
+    """
+    _, period, channels = said.shape
+    count = said[2, 0, 0]
+    for p in range(period):
+        for c in range(channels):
+            i = p * channels + c
+            middle = said[0, p, c] / count
+            variance = max(said[1, p, c] / count - middle * middle, 0.0)
+            mean[p, c], scale[p, c] = middle, 1 / np.sqrt(variance + eps)
+            running_mean[i] += momentum * (middle - running_mean[i])
+            running_variance[i] += momentum * (variance * (count / (count - 1)) - running_variance[i])
+            for j in range(i, made.shape[1], period * channels):
+                slope = weight[i] * scale[p, c]
+                made[0, j], made[1, j], made[2, j] = slope, bias[i] - slope * middle, middle
+
+
+@compiled
+def affine_gradients(sums: Array, weight: Array, count: float, mean: Array, scale: Array, terms: Array) -> None:
+    """The `terms` (3, V, A), A at least C, of `normal_gradients`, from sums (2, P, C) of dz and of dz (x - mean).
+
+    dx = w s (dz - mean(dz) - x' mean(dz x')) with x' = s (x - mean). Channels beyond C have no batch-norm.
+    """
+    period, channels = mean.shape
+    _, joints, width = terms.shape
+    for v in range(joints):
+        p = v % period
+        for c in range(width):
+            terms[0, v, c], terms[1, v, c], terms[2, v, c] = 1, 0, 0
+            if c < channels:
+                of_dz = weight[p * channels + c] * scale[p, c]
+                of_x = of_dz * scale[p, c] * scale[p, c] * sums[1, p, c] / -count
+                terms[0, v, c], terms[1, v, c], terms[2, v, c] = of_dz, of_x, -of_x * mean[p, c] - of_dz * sums[0, p, c] / count
 
 
 @compiled

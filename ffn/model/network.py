@@ -14,6 +14,7 @@ from ffn.model.common import channels_last_, shortcut
 from ffn.model.fused import fusable
 from ffn.model.graph import spatial_adjacency
 from ffn.model.persons import BatchNorm1d, pooled
+from ffn.model.products import fits
 from ffn.model.rivals.aagcn import AAGCN
 from ffn.model.rivals.agcn import AGCN
 from ffn.model.rivals.ctrgcn import CTRGCN
@@ -76,14 +77,22 @@ class Block(nn.Module):
             self.residual = shortcut(in_channels, out_channels, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.attention, AFF) and fusable(x, self.training) and fits(x, *self.attention.channels):
+            return self._fused(x, self.attention)
         y = self.spatial(x)
         residual: Tensor | None = None if self.residual is None else self.residual(x)
-        if isinstance(self.attention, AFF) and fusable(y, self.training):
-            return self.attention.fused(self.temporal.term(y), y, residual)
         z: Tensor = self.temporal(y)
         if self.attention is not None:
             z = self.attention(z, y)
         return (z if residual is None else z.add_(residual)).relu_()
+
+    def _fused(self, x: Tensor, attention: AFF) -> Tensor:
+        spatial, temporal = self.spatial, self.temporal
+        assert isinstance(spatial, ESFGCN)
+        assert isinstance(temporal, MSFTCN)
+        y, x = spatial.sum(x)
+        z, same = temporal.fused(y, copies=2)
+        return attention.fused(z, same[0], same[1], None if self.residual is None else self.residual(x))
 
 
 class Network(nn.Module):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ffn.model.fused import add_to_frames, frame_product, normal_sum, shifted
+from ffn.model.fused import add_to_frames, frame_product, fusable, normal_sum, shifted
 from ffn.model.persons import BatchNorm1d, BatchNorm2d
+from ffn.model.products import GraphAndShift, Sum, fits
 
 
 class GCN(nn.Module):
@@ -48,8 +49,21 @@ class ESFGCN(nn.Module):
         self.shift = SpatialShift(in_channels, out_channels, joints=adjacency.shape[-1], alpha=alpha)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fusable(x, self.training) and fits(x, self.norm.num_features):
+            return self.sum(x)[0].total()
         gcn = graph_conv(x, self.conv, self.adjacency)
         return normal_sum((gcn, self.norm), (self.shift(x), self.shift.norm), residual=self.residual(x))
+
+    def sum(self, x: Tensor) -> tuple[Sum, Tensor]:
+        """Its output, not worked out yet, and `x` for all others that take it; `x` is `fusable`, the output `fits`."""
+        assert self.conv.bias is not None
+        shift, identity = self.shift, isinstance(self.residual, nn.Identity)
+        both = GraphAndShift(
+            self.adjacency, self.conv.weight, self.conv.bias, self.norm, shift.weights(), shift.alpha, shift.source, shift.target,
+            shift.conv.weight, shift.norm,
+        )  # fmt: skip
+        summed, x = both(x, identity=identity)
+        return (summed, x) if identity else (Sum(summed.terms, self.residual(x)), x)
 
 
 class SpatialShift(nn.Module):
@@ -78,9 +92,12 @@ class SpatialShift(nn.Module):
         self.norm = BatchNorm1d(joints * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = (torch.tanh(self.mask) + 1).view(-1)
-        y: Tensor = self.conv(shifted(x, mask, self.alpha, self.source, self.target, training=self.training))
+        y: Tensor = self.conv(shifted(x, self.weights(), self.alpha, self.source, self.target, training=self.training))
         return y
+
+    def weights(self) -> Tensor:
+        """M (V·C_in,)."""
+        return (torch.tanh(self.mask) + 1).view(-1)
 
 
 def graph_conv(x: Tensor, conv: nn.Conv2d, adjacency: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ffn.model.common import Layers, NormedConv2d
-from ffn.model.fused import Term, branches, fusable, joined, normal
+from ffn.model.fused import branches, fusable, joined
 from ffn.model.persons import BatchNorm2d
+from ffn.model.products import Sum, fits
+from ffn.model.statistics import Normal, plain
 
 
 class TCN(nn.Module):
@@ -18,11 +19,8 @@ class TCN(nn.Module):
         self.norm = BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return normal(*self.term(x))
-
-    def term(self, x: Tensor) -> Term:
-        """Its output before the last batch-norm, and that."""
-        return self.conv(x), self.norm
+        y: Tensor = self.norm(self.conv(x))
+        return y
 
 
 class MSFTCN(nn.Module):
@@ -59,19 +57,9 @@ class MSFTCN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        fused: Tensor = self.fuse(self.branches(x))
-        return fused
-
-    def term(self, x: Tensor) -> Term:
-        """Its output before the last batch-norm, and that."""
-        *_, norm = self.fuse
-        assert isinstance(norm, BatchNorm2d)
-        return self.fuse[:-1](self.branches(x)), norm
-
-    def branches(self, x: Tensor) -> Tensor:
-        """The branches side by side."""
-        if fusable(x, self.training):
-            return self._joined(x)
+        if fusable(x, self.training) and fits(x, x.shape[1]):
+            y, _ = self.fused(Sum((plain(x),), relu=False))
+            return Sum((y,), relu=False).total()
         width = x.shape[1] // 8
         to_enter, to_point = x.split_with_sizes([7 * width, width], 1)
         *groups, to_max, to_mean = self.enter(to_enter).chunk(7, 1)
@@ -80,16 +68,27 @@ class MSFTCN(nn.Module):
             y = conv(group)
             outputs.append(y.add_(outputs[-1]) if outputs else y)
         outputs += [self.max_pool(to_max), self.mean_pool(to_mean), self.point(to_point)]
-        return torch.cat(outputs, 1)
+        fused: Tensor = self.fuse(torch.cat(outputs, 1))
+        return fused
 
-    def _joined(self, x: Tensor) -> Tensor:
-        """The eighth is convolved with the others, before its stride, so that none is copied."""
+    def fused(self, x: Sum, *, copies: int = 0) -> tuple[Normal, list[Tensor]]:
+        """Its output, and `copies` of `x`, whose features are `fusable` and which `fits`.
+
+        The eighth branch is convolved with the others, before its stride, so that none is copied.
+        """
         enter, norm, *_ = self.enter
+        first, _, conv, last = self.fuse
         assert isinstance(enter, NormedConv2d)
+        assert isinstance(conv, NormedConv2d)
         assert isinstance(norm, BatchNorm2d)
+        assert isinstance(first, BatchNorm2d)
+        assert isinstance(last, BatchNorm2d)
         weight, bias = (torch.cat(both) for both in zip(enter.weights(), self.point.weights(), strict=True))
-        *groups, to_max, to_mean, to_point = branches(functional.conv2d(x, weight, bias, groups=8), norm)
-        return joined([conv(group) for conv, group in zip(self.dilated, groups, strict=True)], to_max, to_mean, to_point)
+        entered, same = x.product(weight, bias, norm, copies=copies)
+        *groups, to_max, to_mean, to_point = branches(entered)
+        convolved = [conv(group) for conv, group in zip(self.dilated, groups, strict=True)]
+        made, _ = Sum((joined(convolved, to_max, to_mean, to_point, first),)).product(*conv.weights(), last)
+        return made, same
 
 
 def temporal_conv(channels: int, *, kernel: int, stride: int, dilation: int = 1) -> NormedConv2d:

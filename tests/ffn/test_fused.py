@@ -15,8 +15,9 @@ from ffn.model import fused, loops
 from ffn.model.fused import normal_sum, shifted
 from ffn.model.network import build
 from ffn.model.persons import BatchNorm1d, BatchNorm2d
+from ffn.model.products import Sum
 
-B, C, T, V = 5, 16, 6, 7
+B, C, T, V = 5, 16, 8, 7  # frames that parts of samples do not share evenly
 
 
 def features(*shape: int, dtype: torch.dtype = torch.double) -> torch.Tensor:
@@ -77,16 +78,17 @@ def test_float32_keeps_its_digits_far_from_zero(monkeypatch):
         torch.testing.assert_close(mine.to(theirs.dtype), theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("alpha", "dtype"), [(0.2, torch.double), (0.0, torch.float32)])
-def test_a_shift(alpha, dtype, monkeypatch):
+@pytest.mark.parametrize("alpha", [0.2, 0.0])
+def test_the_gradient_of_a_shift_is_autograds(alpha):
     torch.manual_seed(0)
     joint, channel = torch.arange(V)[:, None], torch.arange(C)
     source, target = (((joint + way * channel) % V * C + channel).view(-1) for way in (1, -1))
-    inputs = [features(B, C, T, V, dtype=dtype), torch.randn(V * C, dtype=dtype)]
-    require_the_modules(
-        lambda x, norms: shifted(*x, alpha, source, target, training=True),
-        inputs, [], monkeypatch, tolerance=1e-10 if dtype == torch.double else 1e-5,
-    )  # fmt: skip
+    inputs = [features(B, C, T, V), torch.randn(V * C, dtype=torch.double)]
+    for mine, theirs in zip(
+        *(outcome(lambda x, norms, t=t: shifted(*x, alpha, source, target, training=t), inputs, []) for t in (True, False)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 12, 13])
@@ -112,9 +114,22 @@ def test_a_network_with_and_without(name, frames, monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9 * scale)
 
 
-def test_branches_side_by_side_are_torchs_poolings_and_sums():
+@pytest.mark.parametrize("width", [8, 16])
+def test_a_network_of_which_a_part_fits(width):
+    """Some of its channels are not whole vectors: what takes them are modules, between others that are not."""
+    torch.manual_seed(0)
+    network = build(override(preset("S4"), [f"model.width={width}"]).model, COCO17, 5)
+    clips = torch.randn(3, 2, 12, 17, 3)
+    torch.testing.assert_close(
+        copy.deepcopy(network)(clips), copy.deepcopy(network).double()(clips.double()).float(), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_branches_side_by_side_are_torchs_poolings_and_sums(times):
     """Whole numbers, so that a maximum is often found twice."""
     torch.manual_seed(0)
+    norm = norm_of(BatchNorm2d, 32, times=times)
     for frames, stride in ((7, 1), (8, 2), (7, 2), (1, 2), (2, 2)):
         steps = (frames - 1) // stride + 1
         shapes = [(B, 4, frames, V)] * 3 + [(B, 4, steps, V)] * 5
@@ -125,11 +140,11 @@ def test_branches_side_by_side_are_torchs_poolings_and_sums():
             for k in range(1, 5):
                 convolved[k] = convolved[k] + convolved[k - 1]
             pools = nn.MaxPool2d((3, 1), (stride, 1), (1, 0))(to_max), nn.AvgPool2d((3, 1), (stride, 1), (1, 0))(to_mean)
-            return torch.cat([*convolved, *pools, to_point[:, :, ::stride]], 1)
+            return norms[0](torch.cat([*convolved, *pools, to_point[:, :, ::stride]], 1))
 
-        got = outcome(lambda x, norms: fused.joined(x[3:], *x[:3]), inputs, [])
-        for mine, theirs in zip(got, outcome(plain, inputs, []), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+        got = outcome(lambda x, norms: Sum((fused.joined(x[3:], *x[:3], norms[0]),), relu=False).total(), inputs, [norm])
+        for mine, theirs in zip(got, outcome(plain, inputs, [norm]), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_the_sigmoid_is_torchs():

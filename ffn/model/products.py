@@ -1,0 +1,344 @@
+"""Training on a CPU: 1x1 convolutions, compiled together with what stands before and after them.
+
+Batch-norms, their sums and ReLUs are worked out a few frames at a time, where the product that takes them does its work, and
+the statistics of what it makes are taken there too; in the backward pass the gradient goes through the batch-norm on its way to
+both gradients of the product. Features are written and read once a convolution, and not in between.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from ffn.model import loops, product_loops, tiles
+from ffn.model.loops import share_threads
+from ffn.model.statistics import Norm, Normal, Statistics, frames, leave, like, of_sums, parts, scalar, total
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of one or two normalised features and of a residual (B, C, T, V), and its ReLU; not worked out yet."""
+
+    terms: tuple[Normal, ...]
+    residual: Tensor | None = None
+    relu: bool = True
+
+    def total(self) -> Tensor:
+        """The sum."""
+        share_threads()
+        made: Callable[..., Tensor] = _Total.apply
+        return made([term.statistics for term in self.terms], self.relu, self.residual, *(term.x for term in self.terms))
+
+    def product(
+        self, weight: Tensor, bias: Tensor, norm: Norm, *, copies: int = 0, pooled: bool = False
+    ) -> tuple[Normal, list[Tensor]]:
+        """Its 1x1 convolution, `weight` (N, C / groups, 1, 1), to features that `norm` is of, and what else is asked for.
+
+        That is the sum itself as often as others take it, and sums over frames and joints (B, C). The gradients of all of them
+        meet in one pass. There is no gradient for `bias` (N,), see `NormedConv2d`.
+        """
+        share_threads()
+        made: Callable[..., tuple[Tensor, ...]] = _SumProduct.apply
+        found: list[Statistics] = []
+        x, *others = made(
+            [term.statistics for term in self.terms], self.relu, norm, copies, pooled, found, self.residual, weight, bias.detach(),
+            norm.weight, norm.bias, *(term.x for term in self.terms),
+        )  # fmt: skip
+        return Normal(x, found[0]), others
+
+
+@dataclass(frozen=True)
+class GraphAndShift:
+    """The weights of ESF-GCN: adjacency (S, V, V), convolution (S·N, C, 1, 1) and (S·N,), mask (V·C,) and convolution (N, C, 1, 1).
+
+    `source` (V·C,) are the places in a frame that the shift takes its values from, `target` undoes it.
+    """
+
+    adjacency: Tensor
+    graph: Tensor
+    bias: Tensor
+    graph_norm: Norm
+    mask: Tensor
+    alpha: float
+    source: Tensor
+    target: Tensor
+    shift: Tensor
+    shift_norm: Norm
+
+    def __call__(self, x: Tensor, *, identity: bool) -> tuple[Sum, Tensor]:
+        """The sum of the graph convolution and the convolution of the shift of `x` (B, C, T, V), `fusable`, and `x` for all others.
+
+        With `identity` `x` is in the sum: its gradient there is added to those of the convolutions by the way.
+        """
+        if not fits(x, x.shape[1]):
+            return self._filled_up(x)
+        share_threads()
+        subsets, joints, _ = self.adjacency.shape
+        matrix = self.adjacency.permute(2, 0, 1).reshape(joints * subsets, joints)
+        weight = self.graph.view(subsets, -1, x.shape[1]).transpose(0, 1)
+        bias = self.adjacency.sum(1).T @ self.bias.view(subsets, -1)
+        made: Callable[..., tuple[Tensor, Tensor, Tensor]] = _GraphAndShift.apply
+        found: list[Statistics] = []
+        graph, shift, same = made(
+            self, identity, found, x, matrix, weight, bias, self.mask, self.shift, self.graph_norm.weight, self.graph_norm.bias,
+            self.shift_norm.weight, self.shift_norm.bias,
+        )  # fmt: skip
+        return Sum((Normal(graph, found[0]), Normal(shift, found[1])), x.detach() if identity else None), same
+
+    def _filled_up(self, x: Tensor) -> tuple[Sum, Tensor]:
+        """The same with zeros for channels, so that they are whole vectors."""
+        channels, joints = x.shape[1], self.adjacency.shape[1]
+        more = -channels % (tiles.VECTOR // x.element_size())
+        own = torch.arange(joints)[:, None] * (channels + more) + torch.arange(channels, channels + more)
+        source, target = (
+            torch.cat([(places.view(joints, -1) // channels * (channels + more)) + torch.arange(channels), own], 1).view(-1)
+            for places in (self.source, self.target)
+        )
+        filled = replace(
+            self,
+            graph=functional.pad(self.graph, (0, 0, 0, 0, 0, more)),
+            mask=functional.pad(self.mask.view(joints, -1), (0, more)).view(-1),
+            source=source,
+            target=target,
+            shift=functional.pad(self.shift, (0, 0, 0, 0, 0, more)),
+        )
+        both, _ = filled(functional.pad(x, (0, 0, 0, 0, 0, more)).contiguous(memory_format=torch.channels_last), identity=False)
+        return both, x
+
+
+def fits(x: Tensor, *channels: int) -> bool:
+    """Whether products can take features of the type of `x` and as many `channels`: whole vectors."""
+    return all(count * x.element_size() % tiles.VECTOR == 0 for count in channels)
+
+
+def _places(index: Tensor) -> Array:
+    """`index` as numbers that count from no end: numba need not ask whether they are negative."""
+    return index.numpy().view(np.uint64)
+
+
+def _span(x: Tensor) -> int:
+    """How many frames of `x` (B, C, T, V) a loop takes at a time: few enough for a core's cache, and for whole tiles of rows."""
+    frame = x.shape[1] * x.shape[3] * x.element_size()
+    return next((span for span in (8, 4, 2) if span * frame <= 2**17), 1)
+
+
+def _form(x: Tensor) -> tuple[int, int, int]:
+    """`form` in `ffn.model.products`."""
+    return x.shape[2], x.shape[3], _span(x)
+
+
+class _Total(torch.autograd.Function):
+    """`Sum.total`."""
+
+    @staticmethod
+    def forward(ctx: Any, statistics: list[Statistics], relu: bool, residual: Tensor | None, *features: Tensor) -> Tensor:
+        x = features[0]
+        y = like(x)
+        given = [
+            part for row, each in zip(features, statistics, strict=True) for part in (frames(row), *each.frame[:2].reshape(2, -1))
+        ]
+        floor = scalar(0 if relu else -np.inf, x)
+        loops.normal_sum(*given, *(None,) * (6 - len(given)), None if residual is None else frames(residual), floor, frames(y))
+        ctx.save_for_backward(*features, *([y] if relu else []))
+        ctx.statistics, ctx.residual = statistics, residual is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        share_threads()
+        statistics = ctx.statistics
+        count = len(statistics)
+        features, (y,) = ctx.saved_tensors[:count], ctx.saved_tensors[count:] or (None,)
+        dy = frames(grads[0])
+        dz = grads[0] if y is None else like(grads[0])
+        sums = np.empty((loops.PARTS, 1 + count, 1, dy.shape[1]), dy.dtype)
+        given = [
+            part for row, each in zip(features, statistics, strict=True) for part in (frames(row), each.frame[2:].reshape(1, -1))
+        ]
+        if y is None:
+            loops.normal_sum_gradients(dy, None, *given, *(None,) * (4 - len(given)), None, sums)
+        else:
+            loops.normal_sum_gradients(dy, frames(y), *given, *(None,) * (4 - len(given)), frames(dz), sums)
+        joints = grads[0].shape[3]
+        sums = sums.reshape(loops.PARTS, 1 + count, joints, -1)
+        leave(total(sums), statistics)
+        return None, None, dz if ctx.residual else None, *(dz,) * count
+
+
+class _SumProduct(torch.autograd.Function):
+    """`Sum.product`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, statistics: list[Statistics], relu: bool, norm: Norm, copies: int, pooled: bool, found: list[Statistics],
+        residual: Tensor | None, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, *features: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        x = features[0]
+        b, c, t, v = x.shape
+        outputs = len(weight)
+        flat = frames(x)
+        affine = [each.frame.reshape(3, -1) for each in statistics]
+        more = (frames(features[1]), affine[1]) if len(features) > 1 else (flat[:0], affine[0])
+        floor = scalar(0 if relu else -np.inf, x)
+        weights = _Weights.of(weight, c)
+        z = like(x) if copies or residual is not None or len(features) > 1 else None
+        out = torch.empty(b, outputs, t, v, dtype=x.dtype, memory_format=torch.channels_last)
+        sums, sums_of_parts = np.empty((parts(x), 3, 1, outputs), flat.dtype), np.empty((parts(x) * pooled, c), flat.dtype)
+        product_loops.normal_product(
+            flat, affine[0], *more, _given(residual, flat), floor, _given(z, flat), weights.panels, weights.diagonal,
+            bias.repeat(v).numpy(), _form(x), frames(out), sums, sums_of_parts,
+        )  # fmt: skip
+        found.append(of_sums(norm, out, sums))
+        ctx.save_for_backward(out, *features, *([] if z is None else [z]))
+        ctx.statistics, ctx.own, ctx.weights, ctx.floor = statistics, found[0], weights, floor
+        ctx.residual, ctx.copies, ctx.pooled, ctx.shape = residual is not None, copies, pooled, weight.shape
+        ctx.kept = z is not None
+        ctx.set_materialize_grads(False)
+        others = [] if z is None else [z, *(z.view_as(z) for _ in range(copies - 1))][:copies]
+        if pooled:
+            others.append(torch.from_numpy(sums_of_parts.reshape(b, -1, c).sum(1)))
+        return out, *others
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        share_threads()
+        statistics, own, weights, copies = ctx.statistics, ctx.own, ctx.weights, ctx.copies
+        out, *features = ctx.saved_tensors
+        z = features.pop() if ctx.kept else None
+        x = features[0]
+        flat = frames(x)
+        terms, dnorm_weight, dnorm_bias = own.terms(out.shape[1])
+        direct = [frames(grad) for grad in grads[1 : 1 + copies] if grad is not None]
+        direct += [flat[:0]] * (2 - len(direct))
+        dpooled = grads[-1] if ctx.pooled else None
+        affine = [each.frame.reshape(3, -1) for each in statistics]
+        more = (frames(features[1]), affine[1]) if len(features) > 1 else (flat[:0], affine[0])
+        dz = like(x)
+        sums = np.empty((parts(x), 1 + len(features), max(len(each.mean) for each in statistics), x.shape[1]), flat.dtype)
+        dpanels = np.empty((min(parts(x), product_loops.GROUPS), *weights.panels.shape), flat.dtype)
+        assert grads[0] is not None
+        product_loops.normal_product_gradients(
+            frames(grads[0]), frames(out), terms.reshape(3, -1), own.last, flat.dtype.type(own.times), flat, affine[0], *more,
+            ctx.floor, _given(z, flat), weights.transposed, weights.diagonal, _form(x), *direct,
+            flat[:0] if dpooled is None else dpooled.contiguous().numpy(), frames(dz), sums, dpanels,
+        )  # fmt: skip
+        leave(total(sums), statistics)
+        dweight = weights.gradient(_summed(dpanels), ctx.shape)
+        dresidual = dz if ctx.residual else None
+        return *(None,) * 6, dresidual, dweight, None, dnorm_weight, dnorm_bias, *(dz,) * len(features)
+
+
+def _given(x: Tensor | None, like: Array) -> Array:
+    """Frames of `x`, or none of as many entries as `like` has."""
+    return like[:0] if x is None else frames(x)
+
+
+def _summed(groups: Array) -> Array:
+    """The sum of gradients of groups (G, ...)."""
+    summed: Array = torch.from_numpy(groups).sum(0).numpy()  # on all threads
+    return summed
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The weights of a 1x1 convolution (N, C / groups, 1, 1) as panels, see `ffn.model.tiles`."""
+
+    panels: Array
+    transposed: Array
+    diagonal: bool
+
+    @staticmethod
+    def of(weight: Tensor, channels: int) -> "_Weights":
+        """Of a convolution of as many `channels`."""
+        matrix = weight.detach().flatten(1).numpy()
+        outputs, inputs = matrix.shape
+        groups = channels // inputs
+        blocks = matrix.reshape(groups, outputs // groups, inputs).swapaxes(1, 2)
+        if groups > 1 and outputs == channels:
+            diagonal, transposed = tiles.to_diagonal(blocks), tiles.to_diagonal(blocks.swapaxes(1, 2))
+            if diagonal is not None and transposed is not None:
+                return _Weights(diagonal, transposed, diagonal=True)
+        dense = np.zeros((groups, inputs, groups, outputs // groups), matrix.dtype)
+        dense[np.arange(groups), :, np.arange(groups)] = blocks
+        return _Weights(*_both_ways(dense.reshape(channels, outputs)), diagonal=False)
+
+    def gradient(self, dpanels: Array, shape: tuple[int, ...]) -> Tensor:
+        """That of weights of this `shape`, from that of the panels (P, K, W)."""
+        outputs, inputs = shape[:2]
+        if self.diagonal:
+            blocks = tiles.from_diagonal(dpanels, outputs // inputs, inputs)
+        else:
+            dense = tiles.from_panels(dpanels)
+            groups = len(dense) // inputs
+            blocks = dense.reshape(groups, inputs, groups, outputs // groups)[np.arange(groups), :, np.arange(groups)]
+        return torch.from_numpy(np.ascontiguousarray(blocks.swapaxes(1, 2))).view(shape)
+
+
+class _GraphAndShift(torch.autograd.Function):
+    """`GraphAndShift.__call__`; `weight` is (N, S, C), `bias` (V, N)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: GraphAndShift, identity: bool, found: list[Statistics], x: Tensor, matrix: Tensor, weight: Tensor,
+        bias: Tensor, mask: Tensor, shift_weight: Tensor, *_: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        b, c, t, v = x.shape
+        outputs = len(weight)
+        flat = frames(x)
+        of_graph = _both_ways(weight.numpy().transpose(1, 2, 0).reshape(-1, outputs), channels=c)
+        of_shift = _both_ways(shift_weight.flatten(1).numpy().T)
+        graph, shift = (torch.empty(b, outputs, t, v, dtype=x.dtype, memory_format=torch.channels_last) for _ in range(2))
+        sums, sums2 = (np.empty((parts(x), 3, period, outputs), flat.dtype) for period in (1, v))
+        product_loops.graph_and_shift(
+            flat, matrix.numpy(), of_graph[0], bias.flatten().numpy(), _places(weights.source), mask.numpy(),
+            scalar(weights.alpha, x), of_shift[0], np.zeros(v * outputs, flat.dtype), _form(x), frames(graph), sums,
+            frames(shift), sums2,
+        )  # fmt: skip
+        found += [of_sums(weights.graph_norm, graph, sums), of_sums(weights.shift_norm, shift, sums2)]
+        ctx.save_for_backward(x, graph, shift, matrix, mask)
+        ctx.found, ctx.identity, ctx.weights, ctx.shape = found, identity, weights, weight.shape
+        ctx.transposed, ctx.panels = (of_graph[1], of_shift[1]), (of_graph[0].shape, of_shift[0].shape)
+        ctx.set_materialize_grads(False)
+        return graph, shift, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        share_threads()
+        x, graph, shift, matrix, mask = ctx.saved_tensors
+        c, v = x.shape[1], x.shape[3]
+        weights, (outputs, subsets, _) = ctx.weights, ctx.shape
+        dz, _, direct = grads
+        assert dz is not None
+        flat = frames(x)
+        of_graph, of_shift = ctx.found
+        terms, *dgraph_norm = of_graph.terms()
+        terms2, *dshift_norm = of_shift.terms()
+        dx = like(x)
+        dmatrix, dbias, dmask, dpanels, dpanels2 = (
+            np.empty((min(parts(x), product_loops.GROUPS), *shape), flat.dtype)
+            for shape in (matrix.shape, (v * outputs,), (v * c,), *ctx.panels)
+        )
+        product_loops.graph_and_shift_gradients(
+            frames(dz), frames(graph), terms.reshape(3, -1), frames(shift), terms2.reshape(3, -1), of_graph.last,
+            flat.dtype.type(of_graph.times), flat, matrix.numpy(), matrix.T.contiguous().numpy(), ctx.transposed[0],
+            _places(weights.source), _places(weights.target), mask.numpy(), mask[weights.target].numpy(), scalar(weights.alpha, x),
+            ctx.transposed[1], ctx.identity, _given(direct, flat), _form(x), parts(x), frames(dx), dmatrix, dpanels, dbias,
+            dpanels2, dmask,
+        )  # fmt: skip
+        dweight = tiles.from_panels(_summed(dpanels)).reshape(subsets, c, outputs).transpose(2, 0, 1)
+        dshift = tiles.from_panels(_summed(dpanels2)).T.reshape(outputs, c, 1, 1)
+        found = (dmatrix.sum(0), dweight, dbias.sum(0).reshape(v, outputs), dmask.sum(0), dshift)
+        return None, None, None, dx, *(torch.from_numpy(np.ascontiguousarray(each)) for each in found), *dgraph_norm, *dshift_norm
+
+
+def _both_ways(matrix: Array, channels: int | None = None) -> tuple[Array, Array]:
+    """Panels of `matrix` (K, N) and of its transposed, those of the latter as wide as so many `channels` ask for, or K."""
+    (inputs, outputs), size = matrix.shape, matrix.itemsize
+    return tiles.to_panels(matrix, tiles.width(outputs, size)), tiles.to_panels(matrix.T, tiles.width(channels or inputs, size))

@@ -1,0 +1,242 @@
+"""Products of matrices within compiled loops, piece by piece, so that what is made is worked on while a cache still holds it.
+
+A library's product reads its factors from memory and writes the result there; the pass before and the pass after it read and
+write both again. `multiply` and `accumulate` are called by a loop for a few frames at a time, on arrays of its own that stay in its
+core's cache. They go tile by tile: sums of up to `ROWS` rows and two vectors of columns stay in registers over all terms.
+
+The right factor is in panels (P, K, W): P times W columns, of K terms each. Rows of the left one and of the product are whole
+vectors.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from ffn.machine import compiled_sums
+
+Array = NDArray[Any]
+_WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+VECTOR = 64 if _WIDE else 32
+"""Bytes of a vector."""
+ROWS = 8 if _WIDE else 4
+"""Of a tile: with two vectors each, what the registers hold beside a row of the right factor."""
+
+
+def width(columns: int, itemsize: int) -> int:
+    """Columns of a panel, for a matrix of `columns` numbers of `itemsize` bytes, which are whole vectors: two vectors', or one."""
+    lanes = VECTOR // itemsize
+    return lanes if columns % (2 * lanes) else 2 * lanes
+
+
+def _tile(rows: int, vectors: int) -> Callable[..., None]:
+    """The product of one tile: see `_tile.tile`."""
+
+    def tile(
+        typing: Any, a: Any, at_a: Any, a_row: Any, a_term: Any, b: Any, at_b: Any, b_term: Any, out: Any, at_out: Any,
+        out_row: Any, terms: Any, add: Any,
+    ) -> Any:  # fmt: skip
+        """Sums over `terms` of a[at_a + i a_row + k a_term] b[at_b + k b_term + j], put or added to out[at_out + i out_row + j].
+
+        Arrays are flat, whatever their shape; places count elements.
+        """
+        place = types.intp
+        signature = types.void(a, place, place, place, b, place, place, out, place, place, place, types.boolean)
+        return signature, _code(rows, vectors)
+
+    made: Callable[..., None] = intrinsic(tile)
+    return made
+
+
+def _code(rows: int, vectors: int) -> Callable[..., Any]:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, at_a, a_row, a_term, _, at_b, b_term, _, at_out, out_row, terms, add = arguments
+        number = context.get_data_type(signature.args[0].dtype)
+        itemsize = signature.args[0].dtype.bitwidth // 8
+        lanes = VECTOR // itemsize
+        vector, place, of_lanes = ir.VectorType(number, lanes), at_a.type, ir.VectorType(ir.IntType(32), lanes)
+        zero, unknown = ir.Constant(vector, None), ir.Constant(vector, ir.Undefined)
+
+        def start(index: int, at: Any) -> Any:
+            array = context.make_array(signature.args[index])(context, builder, arguments[index])
+            return builder.gep(array.data, [at])
+
+        def vector_at(start: Any, offset: Any) -> Any:
+            return builder.bitcast(builder.gep(start, [offset]), vector.as_pointer())
+
+        def sums_at(i: int, j: int) -> Any:
+            return vector_at(into, builder.add(builder.mul(out_row, place(i)), place(j * lanes)))
+
+        def multiplied_and_added(x: Any, y: Any, z: Any) -> Any:
+            return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
+
+        from_a, from_b, into = start(0, at_a), start(4, at_b), start(7, at_out)
+        offsets = [builder.mul(a_row, place(i)) for i in range(rows)]
+        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        term, row_a, row_b = (builder.phi(kind) for kind in (place, from_a.type, from_b.type))
+        sums = [builder.phi(vector) for _ in range(rows * vectors)]
+        right = [builder.load(vector_at(row_b, place(j * lanes)), align=itemsize) for j in range(vectors)]
+        made = []
+        for i in range(rows):
+            first = builder.insert_element(unknown, builder.load(builder.gep(row_a, [offsets[i]])), ir.IntType(32)(0))
+            left = builder.shuffle_vector(first, unknown, ir.Constant(of_lanes, None))
+            made += [multiplied_and_added(left, right[j], sums[i * vectors + j]) for j in range(vectors)]
+        following = builder.add(term, place(1))
+        for phi, first, then in (
+            (term, place(0), following),
+            (row_a, from_a, builder.gep(row_a, [a_term])),
+            (row_b, from_b, builder.gep(row_b, [b_term])),
+            *((each, zero, value) for each, value in zip(sums, made, strict=True)),
+        ):
+            phi.add_incoming(first, before)
+            phi.add_incoming(then, loop)
+        builder.cbranch(builder.icmp_signed("<", following, terms), loop, after)
+
+        builder.position_at_end(after)
+        places = [sums_at(i, j) for i in range(rows) for j in range(vectors)]
+        with builder.if_else(add) as (added, put):
+            with added:
+                for at, value in zip(places, made, strict=True):
+                    builder.store(builder.fadd(builder.load(at, align=itemsize), value), at, align=itemsize)
+            with put:
+                for at, value in zip(places, made, strict=True):
+                    builder.store(value, at, align=itemsize)
+        return context.get_dummy_value()
+
+    return code
+
+
+_tile_2, _tile_1, _half_2, _half_1 = _tile(ROWS, 2), _tile(ROWS, 1), _tile(ROWS // 2, 2), _tile(ROWS // 2, 1)
+
+
+def _stream_of(typing: Any, a: Any, at_a: Any, out: Any, at_out: Any) -> Any:
+    """Write the vector at a[at_a] to out[at_out], which is aligned to vectors, past the caches."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = context.get_data_type(signature.args[0].dtype)
+        itemsize = signature.args[0].dtype.bitwidth // 8
+        vector = ir.VectorType(number, VECTOR // itemsize).as_pointer()
+        starts = []
+        for index in (0, 2):
+            array = context.make_array(signature.args[index])(context, builder, arguments[index])
+            starts.append(builder.bitcast(builder.gep(array.data, [arguments[index + 1]]), vector))
+        stored = builder.store(builder.load(starts[0], align=itemsize), starts[1], align=VECTOR)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(a, types.intp, out, types.intp), code
+
+
+def _fence_of(typing: Any) -> Any:
+    """Others see what was written before."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+_stream: Callable[..., None] = intrinsic(_stream_of)
+_fence: Callable[..., None] = intrinsic(_fence_of)
+
+
+@compiled_sums
+def write(a: Array, rows: Any, out: Array, at: Any) -> None:
+    """Write the first `rows` of `a` to `out`, of as many columns, from row `at` on.
+
+    Past the caches where it can be, which saves reading what is written over: features are larger than caches.
+    """
+    lanes, columns = VECTOR // a.itemsize, a.shape[1]
+    if columns % lanes == 0 and out.ctypes.data % VECTOR == 0:
+        for i in range(0, rows * columns, lanes):
+            _stream(a, i, out, at * columns + i)
+        _fence()
+    else:
+        for r in range(rows):
+            for c in range(columns):
+                out[at + r, c] = a[r, c]
+
+
+@compiled_sums
+def rows_times(
+    a: Array, at_a: Any, a_row: Any, a_term: Any, rows: Any, b: Array, at_b: Any, b_term: Any, wide: Any, out: Array, at_out: Any,
+    out_row: Any, terms: Any, add: Any,
+) -> None:  # fmt: skip
+    """One panel, `wide` columns of `b`, times any number of `rows`: up to half a tile of rows too many are read and written."""
+    single = wide * a.itemsize == VECTOR
+    for r in range(0, rows, ROWS):
+        at, to = at_a + r * a_row, at_out + r * out_row
+        if rows - r > ROWS // 2:
+            if single:
+                _tile_1(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, add)
+            else:
+                _tile_2(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, add)
+        elif single:
+            _half_1(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, add)
+        else:
+            _half_2(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, add)
+
+
+@compiled_sums
+def multiply(a: Array, rows: Any, panels: Array, diagonal: Any, out: Array) -> None:
+    """Write the first `rows` of `a` (R, A) times `panels` (P, K, W) to `out` (R, P·W), with room for up to `ROWS` more.
+
+    `diagonal`: blocks of K terms and columns, W or a multiple of it, stand for themselves.
+    """
+    count, terms, wide = panels.shape
+    for p in range(count):
+        at = p * wide // terms * terms if diagonal else 0
+        rows_times(a, at, a.shape[1], 1, rows, panels, p * terms * wide, wide, wide, out, p * wide, out.shape[1], terms, False)
+
+
+@compiled_sums
+def accumulate(a: Array, b: Array, rows: Any, diagonal: Any, which: Any, add: Any, panels: Array) -> None:
+    """Put the transpose of the first `rows` of `a` (R, A) times those of `b` (R, P·W) into panels[which], of (G, P, K, W).
+
+    Or `add` it. This is the gradient of the panels of `multiply`; K is a multiple of `ROWS`.
+    """
+    _, count, terms, wide = panels.shape
+    for p in range(count):
+        at, to = p * wide // terms * terms if diagonal else 0, (which * count + p) * terms * wide
+        rows_times(a, at, 1, a.shape[1], terms, b, p * wide, b.shape[1], wide, panels, to, wide, rows, add)
+
+
+def to_panels(matrix: Array, wide: int) -> Array:
+    """`matrix` (K, N) as panels (P, K, wide), N a multiple of `wide`."""
+    terms, columns = matrix.shape
+    return np.ascontiguousarray(matrix.reshape(terms, columns // wide, wide).swapaxes(0, 1))
+
+
+def from_panels(panels: Array) -> Array:
+    """The matrix (K, N) of `panels`."""
+    return panels.swapaxes(0, 1).reshape(panels.shape[1], -1)
+
+
+def to_diagonal(blocks: Array) -> Array | None:
+    """`blocks` (G, W', W') of a diagonal as panels of larger blocks, for `multiply` with `diagonal`; None where they do not fit."""
+    count, size, _ = blocks.shape
+    wide = width(count * size, blocks.itemsize)
+    terms = max(size, wide)
+    if terms % size or terms % wide or count * size % terms:
+        return None
+    room = np.zeros((count * size // terms, terms // size, size, terms // size, size), blocks.dtype)
+    within = np.arange(count)
+    room[within * size // terms, within % (terms // size), :, within % (terms // size)] = blocks
+    return np.ascontiguousarray(room.reshape(-1, terms, terms // wide, wide).swapaxes(1, 2)).reshape(-1, terms, wide)
+
+
+def from_diagonal(panels: Array, count: int, size: int) -> Array:
+    """The blocks (count, size, size) of `to_diagonal`."""
+    _, terms, wide = panels.shape
+    every = panels.reshape(-1, terms // wide, terms, wide).swapaxes(1, 2).reshape(-1, terms // size, size, terms // size, size)
+    within = np.arange(count)
+    return every[within * size // terms, within % (terms // size), :, within % (terms // size)]
