@@ -222,13 +222,6 @@ def _of_frames(matrix: Array, x: Array, frames: Any, wide: Any, out: Array) -> N
 
 
 @compiled_sums
-def _by_joint(gathered: Array, subsets: Any) -> Array:
-    """The rows (R, C) of a graph's product as rows (R / subsets, subsets·C)."""
-    rows = len(gathered) // subsets
-    return gathered[: rows * subsets].reshape(rows, subsets * gathered.shape[1])
-
-
-@compiled_sums
 def _shifted(x: Array, source: Array, alpha: Any, frames: Any, out: Array) -> None:
     """Write x[source] - alpha x of `frames` of `x` (F, V·C) to `out`, `source` being places in a frame."""
     for f in range(frames):
@@ -254,8 +247,8 @@ def graph_and_shift(
     subsets = len(matrix) // joints
     for group in prange(groups):
         own, moved, made = _room(span, joints, channels, x), _room(span, joints, channels, x), _room(span, joints, outputs, x)
-        gathered = _room(span, len(matrix) + ROWS, channels, x)
-        by_joint = _by_joint(gathered, subsets)
+        by_joint = _room(span, joints, subsets * channels, x)
+        gathered = by_joint.reshape(-1, channels)
         own_frames, moved_frames = _as_frames(own, span, joints), _as_frames(moved, span, joints)
         local, local2 = np.empty((1, 3, 1, len(bias)), x.dtype), np.empty((1, 3, 1, len(bias)), x.dtype)
         for part in range(parts * group // groups, parts * (group + 1) // groups):
@@ -298,8 +291,8 @@ def graph_and_shift_gradients(
     for group in prange(groups):
         own, of_shift, made = _room(span, joints, channels, x), _room(span, joints, channels, x), _room(span, joints, channels, x)
         summed, dout = np.empty((span, entries), x.dtype), _room(span, joints, terms.shape[1] // joints, x)
-        gathered, dgathered = _room(span, len(matrix) + ROWS, channels, x), _room(span, len(matrix) + ROWS, channels, x)
-        by_joint, dby_joint = _by_joint(gathered, subsets), _by_joint(dgathered, subsets)
+        by_joint, dby_joint = _room(span, joints, subsets * channels, x), _room(span, joints, subsets * channels, x)
+        gathered, dgathered = by_joint.reshape(-1, channels), dby_joint.reshape(-1, channels)
         own_frames, made_frames = _as_frames(own, span, joints), _as_frames(made, span, joints)
         shift_frames, dout_frames = _as_frames(of_shift, span, joints), _as_frames(dout, span, joints)
         own_joints = own[: span * joints].reshape(span, joints, channels)
