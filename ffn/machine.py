@@ -56,13 +56,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compiled_sums(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`; sums may be taken in another order than the one they are written in, the same in every run."""
-    return _compiled(function, fastmath=_REORDERED)
+    """`compiled`; sums may be taken in another order than the one they are written in, the same in every run.
+
+    It goes into every compiled function that calls it: a process that compiles would otherwise call a copy optimised on its own,
+    one that finds the caller in the cache the caller's own copy, and their sums could be in two orders.
+    """
+    return _compiled(function, fastmath=_REORDERED, forceinline=True)
 
 
 def compiled_in_parallel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled_sums`, the passes of its `prange` shared by threads, as many as numba is told (`numba.set_num_threads`).
+    """`compiled`, the passes of its `prange` shared by threads, as many as numba is told (`numba.set_num_threads`).
 
+    The order of its sums is the one they are written in: numba optimises such a function once more when it keeps it on disk, and
+    with another order allowed a process that finds it there would get other last digits than the one that compiled it.
     Where they can be the threads are OpenMP's, those torch computes on: others would compete for the cores with them, which
     go on waiting for a while after each operator.
     """
@@ -70,7 +76,7 @@ def compiled_in_parallel(function: Callable[..., Any]) -> Callable[..., Any]:
         import numba
 
         numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # made when numba starts
-    return _compiled(function, parallel=True, fastmath=_REORDERED)
+    return _compiled(function, parallel=True)
 
 
 def _compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ def share_threads() -> None:
         torch.set_num_threads(threads)
 
 
-@compiled_sums
+@compiled
 def piece(part: Any, parts: Any, samples: Any, frames: Any) -> Any:
     """The sample of a part, and its first frame and the one after its last."""
     pieces = parts // samples
@@ -37,7 +37,7 @@ def piece(part: Any, parts: Any, samples: Any, frames: Any) -> Any:
     return sample, frames * number // pieces, frames * (number + 1) // pieces
 
 
-@compiled_sums
+@compiled
 def add_powers(x: Array, at: Any, rows: Any, sums: Array, part: Any) -> None:
     """Add sums of x - pivot and of its square to sums[part] (3, P, C), of `rows` of `x` (R, C) from `at` on.
 
@@ -59,7 +59,7 @@ def add_powers(x: Array, at: Any, rows: Any, sums: Array, part: Any) -> None:
                 sums[part, 1, p, c] += d * d
 
 
-@compiled_sums
+@compiled
 def add_moments(d: Array, at: Any, x: Array, x_at: Any, rows: Any, mean: Array, kind: Any, sums: Array, part: Any) -> None:
     """Add sums of d, if `kind` is 1, and of d (x - mean), of this `kind`, to sums[part] (2 or 3, P, C).
 
@@ -177,7 +177,7 @@ def normal_gradients(dz: Array, x: Array, terms: Array, last: int, times: Any, d
                 dx[f, i] = terms[0, i] * dz[f, i] + count * (terms[1, i] * x[f, i] + terms[2, i])
 
 
-@compiled_sums
+@compiled
 def _product(matrix: Array, x: Array, f: Any, out: Array) -> None:
     """`product` of frame `f`: two rows and three terms at a time, as many as registers hold with what they are made of."""
     outputs, inputs = matrix.shape

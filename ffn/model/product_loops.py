@@ -13,7 +13,7 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from ffn.machine import compiled_in_parallel, compiled_sums
+from ffn.machine import compiled, compiled_in_parallel
 from ffn.model.loops import add_moments, add_powers, piece, product_moments
 from ffn.model.tiles import ROWS, accumulate, multiply, rows_times, write
 
@@ -22,13 +22,13 @@ GROUPS = 16
 """Of parts, at most: each has a sum of its own of the gradients of weights, which take as long to add up as they are many."""
 
 
-@compiled_sums
+@compiled
 def _room(frames: Any, joints: Any, channels: Any, of: Array) -> Array:
     """Rows (R, C) of some `frames`, and as many more as a tile may write too much, of the type of `of`."""
     return np.empty((frames * joints + ROWS, channels), of.dtype)
 
 
-@compiled_sums
+@compiled
 def _copied(x: Array, some: Any, at: Any, out: Array, to: Any) -> None:
     """Write `some` frames of `x` (F, V·C) from frame `at` on to `out` from frame `to` on."""
     for f in range(some):
@@ -36,13 +36,13 @@ def _copied(x: Array, some: Any, at: Any, out: Array, to: Any) -> None:
             out[to + f, i] = x[at + f, i]
 
 
-@compiled_sums
+@compiled
 def _as_frames(room: Array, frames: Any, joints: Any) -> Array:
     """The rows of `_room` (R, C) as frames (frames, joints·C)."""
     return room[: frames * joints].reshape(frames, joints * room.shape[1])
 
 
-@compiled_sums
+@compiled
 def _folded(local: Array, part: Any, sums: Array) -> None:
     """Write `local` (1, K, 1, V·C) to sums[part] (K, P, C), those of all joints together where P is 1."""
     _, kinds, period, channels = sums.shape
@@ -52,7 +52,7 @@ def _folded(local: Array, part: Any, sums: Array) -> None:
             sums[part, k, i // channels % period, i % channels] += local[0, k, 0, i]
 
 
-@compiled_sums
+@compiled
 def _written(
     made: Array, bias: Array, some: Any, at: Any, begin: Any, end: Any, part: Any, local: Array, out: Array, sums: Array
 ) -> None:  # fmt: skip
@@ -80,7 +80,7 @@ def _written(
                 sums[part, 2, p, c] = pivot[p * channels + c]
 
 
-@compiled_sums
+@compiled
 def _added(x: Array, some: Any, at: Any, out: Array) -> None:
     """Add `some` frames of `x`, if it has any, from frame `at` on to `out`."""
     if len(x):
@@ -89,7 +89,7 @@ def _added(x: Array, some: Any, at: Any, out: Array) -> None:
                 out[f, i] += x[at + f, i]
 
 
-@compiled_sums
+@compiled
 def _sum(
     x: Array, affine: Array, x2: Array, affine2: Array, residual: Array, floor: Any, some: Any, at: Any, out: Array
 ) -> None:  # fmt: skip
@@ -111,7 +111,7 @@ def _sum(
                 out[f, i] = floor if out[f, i] < floor else out[f, i]
 
 
-@compiled_sums
+@compiled
 def _gradient(dz: Array, x: Array, terms: Array, often: Any, some: Any, at: Any, out: Array) -> None:
     """Write `some` frames of a `loops.normal_gradients` from frame `at` on, which count `often`, to `out`; `terms` (3, V·C)."""
     entries = terms.shape[1]
@@ -210,7 +210,7 @@ def normal_product_gradients(
             _folded(local, part, sums)
 
 
-@compiled_sums
+@compiled
 def _of_frames(matrix: Array, x: Array, frames: Any, wide: Any, out: Array) -> None:
     """Write `matrix` (P, J) times every frame of `x` (frames·J, C) to `out` (frames·P, C), C a multiple of `wide`."""
     outputs, inputs = matrix.shape
@@ -221,7 +221,7 @@ def _of_frames(matrix: Array, x: Array, frames: Any, wide: Any, out: Array) -> N
             rows_times(matrix, 0, inputs, 1, outputs, x, at, channels, wide, out, to, channels, inputs, False)
 
 
-@compiled_sums
+@compiled
 def _shifted(x: Array, source: Array, alpha: Any, frames: Any, out: Array) -> None:
     """Write x[source] - alpha x of `frames` of `x` (F, V·C) to `out`, `source` being places in a frame."""
     for f in range(frames):

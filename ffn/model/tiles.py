@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from ffn.machine import compiled_sums
+from ffn.machine import compiled
 
 Array = NDArray[Any]
 _WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
@@ -149,7 +149,7 @@ _stream: Callable[..., None] = intrinsic(_stream_of)
 _fence: Callable[..., None] = intrinsic(_fence_of)
 
 
-@compiled_sums
+@compiled
 def write(a: Array, rows: Any, out: Array, at: Any) -> None:
     """Write the first `rows` of `a` to `out`, of as many columns, from row `at` on.
 
@@ -166,7 +166,7 @@ def write(a: Array, rows: Any, out: Array, at: Any) -> None:
                 out[at + r, c] = a[r, c]
 
 
-@compiled_sums
+@compiled
 def rows_times(
     a: Array, at_a: Any, a_row: Any, a_term: Any, rows: Any, b: Array, at_b: Any, b_term: Any, wide: Any, out: Array, at_out: Any,
     out_row: Any, terms: Any, add: Any,
@@ -186,7 +186,7 @@ def rows_times(
             _half_2(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, add)
 
 
-@compiled_sums
+@compiled
 def multiply(a: Array, rows: Any, panels: Array, diagonal: Any, out: Array) -> None:
     """Write the first `rows` of `a` (R, A) times `panels` (P, K, W) to `out` (R, P·W), with room for up to `ROWS` more.
 
@@ -198,7 +198,7 @@ def multiply(a: Array, rows: Any, panels: Array, diagonal: Any, out: Array) -> N
         rows_times(a, at, a.shape[1], 1, rows, panels, p * terms * wide, wide, wide, out, p * wide, out.shape[1], terms, False)
 
 
-@compiled_sums
+@compiled
 def accumulate(a: Array, b: Array, rows: Any, diagonal: Any, which: Any, add: Any, panels: Array) -> None:
     """Put the transpose of the first `rows` of `a` (R, A) times those of `b` (R, P·W) into panels[which], of (G, P, K, W).
 

@@ -1,6 +1,10 @@
 """Sums of normalised features, and products of them, are the modules' one after another."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,3 +96,25 @@ def test_gradients_of_several_passes_add_up():
         conv.weight.grad = None
     (passed(clips[0]) + passed(clips[1])).backward()
     torch.testing.assert_close(conv.weight.grad, sum(apart))
+
+
+@pytest.mark.slow
+def test_who_compiles_gets_the_numbers_of_who_finds_it_done(tmp_path: Path) -> None:
+    """A training that goes on in another process goes on to the bit."""
+    code = """
+import hashlib, torch
+from ffn.layouts import COCO17
+from ffn.model.graph import spatial_adjacency
+from ffn.model.spatial import ESFGCN
+torch.manual_seed(0)
+module = ESFGCN(32, 32, torch.from_numpy(spatial_adjacency(COCO17)), alpha=0.2)
+summed, _ = module.sum(torch.randn(3, 32, 9, 17).contiguous(memory_format=torch.channels_last))
+summed.total().square().sum().backward()
+digest = hashlib.sha256(b"".join(value.grad.numpy().tobytes() for value in module.parameters()))
+print(digest.hexdigest())
+"""
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    said = [
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    ]
+    assert said[0] == said[1]
