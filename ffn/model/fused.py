@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffn.model import loops
+from ffn.model import block_loops, loops
 from ffn.model.loops import share_threads
 from ffn.model.persons import BatchNorm2d
 from ffn.model.products import Sum
@@ -46,7 +46,6 @@ def normal_sum(*terms: Term, residual: Tensor | None = None, relu: bool = True) 
         if residual is not None:
             y = y.add_(residual)
         return y.relu_() if relu else y
-    share_threads()
     return Sum(tuple(normalised(x, norm) for x, norm in terms), residual, relu).total()
 
 
@@ -141,7 +140,7 @@ class _Fusion(torch.autograd.Function):
         ctx: Any, statistics: Statistics, residual: Tensor | None, both: Tensor, y: Tensor, of: Tensor, offset: Tensor
     ) -> Tensor:
         m, z = like(both), like(both)
-        loops.fusion(
+        block_loops.fusion(
             _samples(of), *statistics.frame[:2, 0], offset.detach().flatten(1).numpy(), _samples(both), _samples(y),
             _samples(both)[:0] if residual is None else _samples(residual), _samples(m), _samples(z),
         )  # fmt: skip
@@ -159,7 +158,7 @@ class _Fusion(torch.autograd.Function):
         sums = np.empty((samples, 2, 1, channels), dtype)
         dboth, dy, dof = (like(grads[0]) for _ in range(3))
         dresidual = like(grads[0]) if ctx.residual else None
-        loops.fusion_gradients(
+        block_loops.fusion_gradients(
             *given, statistics.frame[2, :1], _samples(dboth), _samples(dy), _samples(dof),
             _samples(dy)[:0] if dresidual is None else _samples(dresidual), sums,
         )  # fmt: skip
@@ -211,7 +210,7 @@ class _Branches(torch.autograd.Function):
     def forward(ctx: Any, statistics: Statistics, x: Tensor) -> tuple[Tensor, ...]:
         b, c, t, v = x.shape
         y = x.new_empty(8, b * t * v, c // 8)
-        loops.branches(rows(x), *statistics.frame[:2, :1], y.numpy())
+        block_loops.branches(rows(x), *statistics.frame[:2, :1], y.numpy())
         ctx.save_for_backward(x, y)
         ctx.statistics = statistics
         return tuple(part.view(b, t, v, -1).permute(0, 3, 1, 2) for part in y)
@@ -222,7 +221,9 @@ class _Branches(torch.autograd.Function):
         (x, y), statistics = ctx.saved_tensors, ctx.statistics
         dz = like(x)
         sums = np.empty((loops.PARTS, 2, *statistics.mean.shape), statistics.frame.dtype)
-        loops.branches_gradients(tuple(rows(part) for part in grads), y.numpy(), rows(x), statistics.frame[2, :1], rows(dz), sums)
+        block_loops.branches_gradients(
+            tuple(rows(part) for part in grads), y.numpy(), rows(x), statistics.frame[2, :1], rows(dz), sums
+        )
         leave(total(sums), [statistics])
         return None, dz
 
@@ -238,7 +239,7 @@ class _Joined(torch.autograd.Function):
         b, c, t, v = convolved[0].shape
         y = convolved[0].new_empty(b, t, v, 8, c)
         sums = np.empty((b, 3, 1, 8 * c), y.numpy().dtype)
-        loops.joined(tuple(map(_positions, convolved)), *map(_positions, (to_max, to_mean, to_point)), y.numpy(), sums)
+        block_loops.joined(tuple(map(_positions, convolved)), *map(_positions, (to_max, to_mean, to_point)), y.numpy(), sums)
         made = y.view(b, t, v, 8 * c).permute(0, 3, 1, 2)
         found.append(of_sums(norm, made, sums))
         ctx.save_for_backward(to_max, y)
@@ -253,7 +254,7 @@ class _Joined(torch.autograd.Function):
         terms, dweight, dbias = statistics.terms()
         made = [like(to_max) for _ in range(3)]
         convolved = [torch.empty(b, t, v, c, dtype=to_max.dtype).permute(0, 3, 1, 2) for _ in range(5)]
-        loops.joined_gradients(
+        block_loops.joined_gradients(
             _positions(grads[0]).reshape(b, t, v, 8, c), y.numpy(), terms[:, 0].reshape(3, 8, c),
             terms.dtype.type(statistics.times), _positions(to_max), tuple(map(_positions, convolved)), *map(_positions, made),
         )  # fmt: skip

@@ -1,9 +1,11 @@
-"""Compiled loops over features on a CPU: what surrounds the convolutions of a training step, in as few passes as it can be.
+"""Compiled loops over features on a CPU: batch-norms, their sums, and products with a graph, in as few passes as it can be.
 
-Features are rows (R, C): R = B·T·V positions, sample after sample, frame after frame, joint after joint; C channels. What belongs
-to a batch-norm is (P, C) with a period P: row r takes entry r mod P, so that P = 1 is a batch-norm of the channels and P = V
-one of joints and channels. Sums are made in `PARTS` parts of whole frames, whoever computes which, so that results do not depend on
-the number of threads. Numbers of every argument are of one type, float32 or float64, but `total`, which is float64.
+Features are rows (R, C), R = B·T·V positions, sample after sample, frame after frame, joint after joint, and C channels; or
+frames (F, V·C), the same numbers by the frame. What belongs to a batch-norm is (P, C) with a period P: row r takes entry r mod P,
+so that P = 1 is a batch-norm of the channels and P = V one of joints and channels; or it is (V·C,), for the entries of a frame. An
+argument that is not there has no frames. Sums are made in parts of whole frames, about `PARTS` of them, whoever computes which, so
+that results do not depend on the number of threads. Numbers of all arguments are of one type, float32 or float64, but for sums over
+all parts and what comes of them, which are float64.
 """
 
 from typing import Any
@@ -121,28 +123,63 @@ def about_zero(sums: Array, counts: Array, times: Array, joined: Array) -> None:
                 joined[2, p, c] += often * count
 
 
-@compiled_in_parallel
-def normal_sum(
-    x: Array, slope: Array, level: Array, x2: Any, slope2: Any, level2: Any, residual: Any, floor: Any, out: Array
-) -> None:
-    """Write slope·x + level of frames to `out` (F, V·C), at least `floor`; with the same of `x2` and `residual`, if not None."""
-    frames, entries = x.shape
-    for part in prange(PARTS):
-        for f in range(frames * part // PARTS, frames * (part + 1) // PARTS):
+@compiled
+def add_frames(x: Array, at: Any, some: Any, out: Array, to: Any) -> None:
+    """Add `some` frames of `x` (F, V·C), if it has any, from frame `at` on to `out` from frame `to` on."""
+    if len(x):
+        for f in range(some):
+            for i in range(x.shape[1]):
+                out[to + f, i] += x[at + f, i]
+
+
+@compiled
+def sum_of_frames(
+    x: Array, affine: Array, x2: Array, affine2: Array, residual: Array, floor: Any, at: Any, some: Any, out: Array, to: Any
+) -> None:  # fmt: skip
+    """Write `some` frames of a `normal_sum` from frame `at` on to `out` from frame `to` on."""
+    entries = x.shape[1]
+    least = x.dtype.type(-np.inf) if len(x2) or len(residual) else floor
+    for f in range(some):
+        for i in range(entries):
+            y = x[at + f, i] * affine[0, i] + affine[1, i]
+            out[to + f, i] = least if y < least else y
+    if len(x2):
+        for f in range(some):
             for i in range(entries):
-                y = x[f, i] * slope[i] + level[i]
-                if x2 is not None:
-                    y += x2[f, i] * slope2[i] + level2[i]
-                if residual is not None:
-                    y += residual[f, i]
-                out[f, i] = floor if y < floor else y
+                out[to + f, i] += x2[at + f, i] * affine2[0, i] + affine2[1, i]
+    add_frames(residual, at, some, out, to)
+    if least < floor:
+        for f in range(some):
+            for i in range(entries):
+                out[to + f, i] = floor if out[to + f, i] < floor else out[to + f, i]
+
+
+@compiled
+def gradient_of_frames(dz: Array, x: Array, terms: Array, often: Any, at: Any, some: Any, out: Array, to: Any) -> None:
+    """Write `some` frames of a `normal_gradients` from frame `at` on, which count `often`, to `out` from frame `to` on."""
+    entries = terms.shape[1]
+    for f in range(some):
+        for i in range(entries):
+            out[to + f, i] = terms[0, i] * dz[at + f, i] + often * (terms[1, i] * x[at + f, i] + terms[2, i])
 
 
 @compiled_in_parallel
-def normal_sum_gradients(dy: Array, y: Any, x: Array, mean: Array, x2: Any, mean2: Any, dz: Any, sums: Array) -> None:
-    """Write the gradient of a sum before its ReLU, `dy` (F, V·C) where `y` is above zero, to `dz`; both None where it has no ReLU.
+def normal_sum(x: Array, affine: Array, x2: Array, affine2: Array, residual: Array, floor: Any, out: Array) -> None:
+    """Write slope·x + level of frames to `out` (F, V·C), at least `floor`; with the same of `x2`, and with `residual`.
 
-    Sums of it, of it times (x - mean), and where there is an `x2` of it times (x2 - mean2), go into `sums` (PARTS, 2 or 3, 1, V·C).
+    `affine` and `affine2` are slope and level (2 or more, V·C).
+    """
+    for part in prange(PARTS):
+        for f in range(len(x) * part // PARTS, len(x) * (part + 1) // PARTS):
+            sum_of_frames(x, affine, x2, affine2, residual, floor, f, 1, out, f)
+
+
+@compiled_in_parallel
+def normal_sum_gradients(dy: Array, y: Array, x: Array, affine: Array, x2: Array, affine2: Array, dz: Array, sums: Array) -> None:
+    """Write the gradient of a sum before its ReLU, `dy` (F, V·C) where `y` is above zero, to `dz`.
+
+    Where there is no ReLU `y` has no frames, and `dz` is `dy`. `affine` and `affine2` are slope, level and mean (3, V·C); sums of
+    `dz`, of it times (x - mean), and where `x2` has frames of it times (x2 - mean2), go into `sums` (PARTS, 2 or 3, 1, V·C).
     """
     frames, entries = x.shape
     for part in prange(PARTS):
@@ -150,17 +187,13 @@ def normal_sum_gradients(dy: Array, y: Any, x: Array, mean: Array, x2: Any, mean
         first, last = frames * part // PARTS, frames * (part + 1) // PARTS
         for f in range(first, last, 4):
             some = min(4, last - f)
-            if y is None:
-                add_moments(dy, f, x, f, some, mean, 1, sums, part)
-                if x2 is not None:
-                    add_moments(dy, f, x2, f, some, mean2, 2, sums, part)
-            else:
+            if len(y):
                 for g in range(f, f + some):
                     for i in range(entries):
                         dz[g, i] = dy[g, i] if y[g, i] > 0 else dy.dtype.type(0)
-                add_moments(dz, f, x, f, some, mean, 1, sums, part)
-                if x2 is not None:
-                    add_moments(dz, f, x2, f, some, mean2, 2, sums, part)
+            add_moments(dz, f, x, f, some, affine[2:], 1, sums, part)
+            if len(x2):
+                add_moments(dz, f, x2, f, some, affine2[2:], 2, sums, part)
 
 
 @compiled_in_parallel
@@ -169,12 +202,9 @@ def normal_gradients(dz: Array, x: Array, terms: Array, last: int, times: Any, d
 
     What does not come of `dz` counts `times` times from frame `last` on; `terms` are (3, V·C).
     """
-    frames, entries = x.shape
     for part in prange(PARTS):
-        for f in range(frames * part // PARTS, frames * (part + 1) // PARTS):
-            count = times if f >= last else x.dtype.type(1)
-            for i in range(entries):
-                dx[f, i] = terms[0, i] * dz[f, i] + count * (terms[1, i] * x[f, i] + terms[2, i])
+        for f in range(len(x) * part // PARTS, len(x) * (part + 1) // PARTS):
+            gradient_of_frames(dz, x, terms, times if f >= last else x.dtype.type(1), f, 1, dx, f)
 
 
 @compiled
@@ -262,218 +292,6 @@ def product_gradients(transposed: Array, x: Array, dy: Array, dx: Array, dmatrix
         for f in range(frames * part // PARTS, frames * (part + 1) // PARTS):  # a frame of `dy` is read once for both
             _product(transposed, dy, f, dx)
             product_moments(x, dy, f, part, dmatrix)
-
-
-@compiled
-def _sigmoid(x: Any) -> Any:
-    """Of a float32, to its last digits: a call of exp for every number would cost more than all the rest of a pass."""
-    x = -min(max(x, np.float32(-87)), np.float32(87))
-    halvings = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-    rest = x - halvings * np.float32(0.693145751953125) - halvings * np.float32(1.42860682030941723e-6)  # ln 2 in two parts
-    power = np.float32(1)
-    for k in range(8):  # e^rest, |rest| <= ln 2 / 2, by its series from the end
-        power = np.float32(1) + power * rest / np.float32(8 - k)
-    scale = np.uint32((np.int32(halvings) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return np.float32(1) / (np.float32(1) + power * scale)
-
-
-@compiled_in_parallel
-def fusion(
-    of: Array, slope: Array, level: Array, offset: Array, both: Array, y: Array, residual: Array, m: Array, out: Array
-) -> None:
-    """Write m = sigmoid(slope·of + level + offset), and to `out` the ReLU of y + m (both - 2 y), plus `residual`, if it has any.
-
-    All are (B, R, C), `slope` and `level` (C,), `offset` (B, C).
-    """
-    samples, rows, channels = both.shape
-    for n in prange(samples):
-        for r in range(rows):
-            for c in range(channels):
-                x = of[n, r, c] * slope[c] + (level[c] + offset[n, c])
-                share = _sigmoid(x) if both.itemsize == 4 else 1 / (1 + np.exp(-x))
-                z = y[n, r, c] + share * (both[n, r, c] - y[n, r, c] - y[n, r, c])
-                if len(residual):
-                    z += residual[n, r, c]
-                m[n, r, c] = share
-                out[n, r, c] = both.dtype.type(0) if z < 0 else z
-
-
-@compiled_in_parallel
-def fusion_gradients(
-    dz: Array, z: Array, both: Array, y: Array, m: Array, of: Array, mean: Array,
-    dboth: Array, dy: Array, dof: Array, dresidual: Array, sums: Array,
-) -> None:  # fmt: skip
-    """Write the gradients of `fusion`'s arguments (B, R, C), that of `of` normalised; `dresidual` is empty where there is none.
-
-    Sums of that one, and of it times (of - mean), `mean` (1, C), go into `sums` (B, 2, 1, C).
-    """
-    samples, rows, channels = both.shape
-    for n in prange(samples):
-        sums[n] = 0
-        for r in range(rows):
-            for c in range(channels):
-                d = dz[n, r, c] if z[n, r, c] > 0 else dz.dtype.type(0)
-                share = m[n, r, c]
-                g = d * (both[n, r, c] - y[n, r, c] - y[n, r, c]) * (share - share * share)
-                dboth[n, r, c] = d * share
-                dy[n, r, c] = d - d * (share + share)
-                dof[n, r, c] = g
-                if len(dresidual):
-                    dresidual[n, r, c] = d
-            if r % 4 == 3 or r == rows - 1:
-                add_moments(dof[n], r // 4 * 4, of[n], r // 4 * 4, r % 4 + 1, mean, 1, sums, n)
-
-
-@compiled_in_parallel
-def branches(x: Array, slope: Array, level: Array, out: Array) -> None:
-    """Write the ReLU of slope·x + level, an eighth of the channels of `x` (R, C) at a time, to `out` (8, R, C / 8).
-
-    The last eighth is written as it is; `slope` and `level` (1, 7 C / 8) are of the others.
-    """
-    groups, rows, width = out.shape
-    for part in prange(PARTS):
-        for r in range(rows * part // PARTS, rows * (part + 1) // PARTS):
-            for group in range(groups - 1):
-                for i in range(width):
-                    c = group * width + i
-                    y = x[r, c] * slope[0, c] + level[0, c]
-                    out[group, r, i] = x.dtype.type(0) if y < 0 else y
-            for i in range(width):
-                out[groups - 1, r, i] = x[r, (groups - 1) * width + i]
-
-
-@compiled_in_parallel
-def branches_gradients(dy: Any, y: Array, x: Array, mean: Array, out: Array, sums: Array) -> None:
-    """Write `dy`, eight (R, C / 8), side by side to `out` (R, C): zero where `y` (8, R, C / 8) is, but for the last eighth.
-
-    Sums of the others, and of them times (x - mean), `mean` (1, 7 C / 8), go into `sums` (PARTS, 2, 1, 7 C / 8).
-    """
-    d0, d1, d2, d3, d4, d5, d6, d7 = dy
-    rows, width = d0.shape
-    for part in prange(PARTS):
-        sums[part] = 0
-        first, last = rows * part // PARTS, rows * (part + 1) // PARTS
-        for r in range(first, last):  # an index into `dy` would not be vectorised
-            for i in range(width):
-                out[r, i] = d0[r, i] if y[0, r, i] > 0 else y.dtype.type(0)
-            for i in range(width):
-                out[r, width + i] = d1[r, i] if y[1, r, i] > 0 else y.dtype.type(0)
-            for i in range(width):
-                out[r, 2 * width + i] = d2[r, i] if y[2, r, i] > 0 else y.dtype.type(0)
-            for i in range(width):
-                out[r, 3 * width + i] = d3[r, i] if y[3, r, i] > 0 else y.dtype.type(0)
-            for i in range(width):
-                out[r, 4 * width + i] = d4[r, i] if y[4, r, i] > 0 else y.dtype.type(0)
-            for i in range(width):
-                out[r, 5 * width + i] = d5[r, i] if y[5, r, i] > 0 else y.dtype.type(0)
-            for i in range(width):
-                out[r, 6 * width + i] = d6[r, i] if y[6, r, i] > 0 else y.dtype.type(0)
-            for i in range(width):
-                out[r, 7 * width + i] = d7[r, i]
-            if (r - first) % 4 == 3 or r == last - 1:
-                at = r - (r - first) % 4
-                add_moments(out, at, x, at, r + 1 - at, mean, 1, sums, part)
-
-
-@compiled_in_parallel
-def joined(convolved: Any, to_max: Array, to_mean: Array, to_point: Array, out: Array, sums: Array) -> None:
-    """Write the eight branches of MSF-TCN side by side to `out` (B, T', V, 8, W), and their `moments` into `sums` (B, 3, 1, 8 W).
-
-    Five `convolved` (B, T', V, W), each with those before it added; maximum and mean over three frames, and every frame that the
-    stride keeps, of the last three (B, T, V, W).
-    """
-    samples, steps, joints, _, width = out.shape
-    frames = to_max.shape[1]
-    stride = (frames + steps - 1) // steps
-    y0, y1, y2, y3, y4 = convolved
-    for n in prange(samples):
-        rows = out[n].reshape(steps * joints, 8 * width)
-        for step in range(steps):
-            t = step * stride
-            low, high = max(t - 1, 0), min(t + 1, frames - 1)
-            for v in range(joints):
-                for i in range(width):
-                    y = y0[n, step, v, i]
-                    out[n, step, v, 0, i] = y
-                    y += y1[n, step, v, i]
-                    out[n, step, v, 1, i] = y
-                    y += y2[n, step, v, i]
-                    out[n, step, v, 2, i] = y
-                    y += y3[n, step, v, i]
-                    out[n, step, v, 3, i] = y
-                    y += y4[n, step, v, i]
-                    out[n, step, v, 4, i] = y
-                    a, b, c = to_max[n, low, v, i], to_max[n, t, v, i], to_max[n, high, v, i]
-                    b = a if a > b else b
-                    out[n, step, v, 5, i] = c if c > b else b
-                    a, b, c = to_mean[n, low, v, i], to_mean[n, t, v, i], to_mean[n, high, v, i]
-                    a = a if low < t else out.dtype.type(0)
-                    c = c if high > t else out.dtype.type(0)
-                    out[n, step, v, 6, i] = (a + b + c) / out.dtype.type(3)
-                    out[n, step, v, 7, i] = to_point[n, t, v, i]
-            if step == 0:
-                for c in range(8 * width):
-                    sums[n, 0, 0, c], sums[n, 1, 0, c], sums[n, 2, 0, c] = 0, 0, rows[0, c]
-            add_powers(rows, step * joints, joints, sums, n)
-
-
-@compiled_in_parallel
-def joined_gradients(
-    dz: Array, y: Array, terms: Array, times: Any, to_max: Array, convolved: Any, dmax: Array, dmean: Array, dpoint: Array
-) -> None:
-    """Write the gradients of `joined` to its arguments' likes, from `dz`, that of its `y` normalised: see `normal_gradients`.
-
-    `terms` are (3, 8, W); the last sample counts `times` times. The first of equal values is the largest one.
-    """
-    samples, steps, joints, _, width = dz.shape
-    frames = to_max.shape[1]
-    stride = (frames + steps - 1) // steps
-    d0, d1, d2, d3, d4 = convolved
-    for n in prange(samples):
-        dy = np.empty((8, width), dz.dtype)
-        count = times if n == samples - 1 else dz.dtype.type(1)
-        for t in range(frames):
-            for v in range(joints):
-                for i in range(width):
-                    dmax[n, t, v, i] = 0
-                    dmean[n, t, v, i] = 0
-                    dpoint[n, t, v, i] = 0
-        for step in range(steps):
-            t = step * stride
-            low, high = max(t - 1, 0), min(t + 1, frames - 1)
-            for v in range(joints):
-                for k in range(8):
-                    for i in range(width):
-                        dy[k, i] = terms[0, k, i] * dz[n, step, v, k, i] + count * (
-                            terms[1, k, i] * y[n, step, v, k, i] + terms[2, k, i]
-                        )
-                for i in range(width):
-                    d = dy[4, i]
-                    d4[n, step, v, i] = d
-                    d += dy[3, i]
-                    d3[n, step, v, i] = d
-                    d += dy[2, i]
-                    d2[n, step, v, i] = d
-                    d += dy[1, i]
-                    d1[n, step, v, i] = d
-                    d += dy[0, i]
-                    d0[n, step, v, i] = d
-                    dpoint[n, t, v, i] = dy[7, i]
-                for i in range(width):
-                    d = dy[5, i]
-                    a, b, c = to_max[n, low, v, i], to_max[n, t, v, i], to_max[n, high, v, i]
-                    first = (a >= b) & (a >= c)
-                    second = (b >= c) & (not first)
-                    dmax[n, low, v, i] += d if first else dz.dtype.type(0)
-                    dmax[n, t, v, i] += d if second else dz.dtype.type(0)
-                    dmax[n, high, v, i] += dz.dtype.type(0) if first | second else d
-                for i in range(width):
-                    d = dy[6, i] / dz.dtype.type(3)
-                    dmean[n, t, v, i] += d
-                    if low < t:
-                        dmean[n, low, v, i] += d
-                    if high > t:
-                        dmean[n, high, v, i] += d
 
 
 @compiled

@@ -14,7 +14,15 @@ from numba import prange
 from numpy.typing import NDArray
 
 from ffn.machine import compiled, compiled_in_parallel
-from ffn.model.loops import add_moments, add_powers, piece, product_moments
+from ffn.model.loops import (
+    add_frames,
+    add_moments,
+    add_powers,
+    gradient_of_frames,
+    piece,
+    product_moments,
+    sum_of_frames,
+)
 from ffn.model.tiles import ROWS, accumulate, multiply, rows_times, write
 
 Array = NDArray[Any]
@@ -29,11 +37,11 @@ def _room(frames: Any, joints: Any, channels: Any, of: Array) -> Array:
 
 
 @compiled
-def _copied(x: Array, some: Any, at: Any, out: Array, to: Any) -> None:
-    """Write `some` frames of `x` (F, V·C) from frame `at` on to `out` from frame `to` on."""
+def _copied(x: Array, at: Any, some: Any, out: Array) -> None:
+    """Write `some` frames of `x` (F, V·C) from frame `at` on to `out`."""
     for f in range(some):
         for i in range(x.shape[1]):
-            out[to + f, i] = x[at + f, i]
+            out[f, i] = x[at + f, i]
 
 
 @compiled
@@ -80,46 +88,6 @@ def _written(
                 sums[part, 2, p, c] = pivot[p * channels + c]
 
 
-@compiled
-def _added(x: Array, some: Any, at: Any, out: Array) -> None:
-    """Add `some` frames of `x`, if it has any, from frame `at` on to `out`."""
-    if len(x):
-        for f in range(some):
-            for i in range(x.shape[1]):
-                out[f, i] += x[at + f, i]
-
-
-@compiled
-def _sum(
-    x: Array, affine: Array, x2: Array, affine2: Array, residual: Array, floor: Any, some: Any, at: Any, out: Array
-) -> None:  # fmt: skip
-    """Write `some` frames of a `loops.normal_sum` from frame `at` on to `out`; `affine` are slope and level (2 or more, V·C)."""
-    entries = x.shape[1]
-    least = x.dtype.type(-np.inf) if len(x2) or len(residual) else floor
-    for f in range(some):
-        for i in range(entries):
-            y = x[at + f, i] * affine[0, i] + affine[1, i]
-            out[f, i] = least if y < least else y
-    if len(x2):
-        for f in range(some):
-            for i in range(entries):
-                out[f, i] += x2[at + f, i] * affine2[0, i] + affine2[1, i]
-    _added(residual, some, at, out)
-    if least < floor:
-        for f in range(some):
-            for i in range(entries):
-                out[f, i] = floor if out[f, i] < floor else out[f, i]
-
-
-@compiled
-def _gradient(dz: Array, x: Array, terms: Array, often: Any, some: Any, at: Any, out: Array) -> None:
-    """Write `some` frames of a `loops.normal_gradients` from frame `at` on, which count `often`, to `out`; `terms` (3, V·C)."""
-    entries = terms.shape[1]
-    for f in range(some):
-        for i in range(entries):
-            out[f, i] = terms[0, i] * dz[at + f, i] + often * (terms[1, i] * x[at + f, i] + terms[2, i])
-
-
 @compiled_in_parallel
 def normal_product(
     x: Array, affine: Array, x2: Array, affine2: Array, residual: Array, floor: Any, z: Array, panels: Array, diagonal: bool,
@@ -144,7 +112,7 @@ def normal_product(
                 pooled[part] = 0
             for frame in range(first, last, span):
                 some, at = min(span, last - frame), sample * length + frame
-                _sum(x, affine, x2, affine2, residual, floor, some, at, sum_of)
+                sum_of_frames(x, affine, x2, affine2, residual, floor, at, some, sum_of, 0)
                 if len(z):
                     write(sum_of, some, z, at)
                 if len(pooled):
@@ -187,15 +155,15 @@ def normal_product_gradients(
             for frame in range(first, end, span):
                 some, at = min(span, end - frame), sample * length + frame
                 often = times if at >= last else x.dtype.type(1)
-                _gradient(dout, out, terms, often, some, at, out_of)
+                gradient_of_frames(dout, out, terms, often, at, some, out_of, 0)
                 if len(z):
-                    _copied(z, some, at, sum_of, 0)
+                    _copied(z, at, some, sum_of)
                 else:
-                    _sum(x, affine, x2, affine2, z, floor, some, at, sum_of)
+                    sum_of_frames(x, affine, x2, affine2, z, floor, at, some, sum_of, 0)
                 accumulate(of_sum, of_out, some * joints, diagonal, group, part > first_part or frame > first, dpanels)
                 multiply(of_out, some * joints, panels, diagonal, made)
-                _added(direct, some, at, dsum)
-                _added(direct2, some, at, dsum)
+                add_frames(direct, at, some, dsum, 0)
+                add_frames(direct2, at, some, dsum, 0)
                 if len(dpooled):
                     for r in range(some * joints):
                         for c in range(channels):
@@ -256,7 +224,7 @@ def graph_and_shift(
             for frame in range(first, last, span):
                 some, at = min(span, last - frame), sample * length + frame
                 begin, end = frame == first, frame + span >= last
-                _copied(x, some, at, own_frames, 0)
+                _copied(x, at, some, own_frames)
                 _of_frames(matrix, own, some, min(panels2.shape[2], channels), gathered)
                 multiply(by_joint, some * joints, panels, False, made)
                 _written(made, bias, some, at, begin, end, part, local, graph, sums)
@@ -304,8 +272,8 @@ def graph_and_shift_gradients(
             for frame in range(first, end, span):
                 some, at = min(span, end - frame), sample * length + frame
                 often = times if at >= last else x.dtype.type(1)
-                _copied(x, some, at, own_frames, 0)
-                _gradient(dz, graph, terms, often, some, at, dout_frames)
+                _copied(x, at, some, own_frames)
+                gradient_of_frames(dz, graph, terms, often, at, some, dout_frames, 0)
                 for f in range(some):
                     for i in range(dbias.shape[1]):
                         dbias[group, i] += dout_frames[f, i]
@@ -315,11 +283,11 @@ def graph_and_shift_gradients(
                 for f in range(some):
                     product_moments(own_joints, dgathered_joints, f, group, dmatrix)
                 _of_frames(transposed, dgathered, some, wide, made)
-                _copied(made_frames, some, 0, summed, 0)
-                _added(direct, some, at, summed)
+                _copied(made_frames, 0, some, summed)
+                add_frames(direct, at, some, summed, 0)
                 if identity:
-                    _added(dz, some, at, summed)
-                _gradient(dz, shift, terms2, often, some, at, dout_frames)
+                    add_frames(dz, at, some, summed, 0)
+                gradient_of_frames(dz, shift, terms2, often, at, some, dout_frames, 0)
                 multiply(dout, some * joints, panels2, False, made)
                 _shifted(own_frames, source, alpha, some, shift_frames)
                 for f in range(some):

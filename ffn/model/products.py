@@ -5,7 +5,7 @@ the statistics of what it makes are taken there too; in the backward pass the gr
 both gradients of the product. Features are written and read once a convolution, and not in between.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,7 +130,7 @@ def _span(x: Tensor) -> int:
 
 
 def _form(x: Tensor) -> tuple[int, int, int]:
-    """`form` in `ffn.model.products`."""
+    """`form` in `ffn.model.product_loops`."""
     return x.shape[2], x.shape[3], _span(x)
 
 
@@ -141,11 +141,8 @@ class _Total(torch.autograd.Function):
     def forward(ctx: Any, statistics: list[Statistics], relu: bool, residual: Tensor | None, *features: Tensor) -> Tensor:
         x = features[0]
         y = like(x)
-        given = [
-            part for row, each in zip(features, statistics, strict=True) for part in (frames(row), *each.frame[:2].reshape(2, -1))
-        ]
-        floor = scalar(0 if relu else -np.inf, x)
-        loops.normal_sum(*given, *(None,) * (6 - len(given)), None if residual is None else frames(residual), floor, frames(y))
+        terms = _terms(statistics, features)
+        loops.normal_sum(*terms, _given(residual, terms[0]), scalar(0 if relu else -np.inf, x), frames(y))
         ctx.save_for_backward(*features, *([y] if relu else []))
         ctx.statistics, ctx.residual = statistics, residual is not None
         return y
@@ -156,16 +153,11 @@ class _Total(torch.autograd.Function):
         statistics = ctx.statistics
         count = len(statistics)
         features, (y,) = ctx.saved_tensors[:count], ctx.saved_tensors[count:] or (None,)
-        dy = frames(grads[0])
         dz = grads[0] if y is None else like(grads[0])
-        sums = np.empty((loops.PARTS, 1 + count, 1, dy.shape[1]), dy.dtype)
-        given = [
-            part for row, each in zip(features, statistics, strict=True) for part in (frames(row), each.frame[2:].reshape(1, -1))
-        ]
-        if y is None:
-            loops.normal_sum_gradients(dy, None, *given, *(None,) * (4 - len(given)), None, sums)
-        else:
-            loops.normal_sum_gradients(dy, frames(y), *given, *(None,) * (4 - len(given)), frames(dz), sums)
+        terms = _terms(statistics, features)
+        flat = terms[0]
+        sums = np.empty((loops.PARTS, 1 + count, 1, flat.shape[1]), flat.dtype)
+        loops.normal_sum_gradients(frames(grads[0]), _given(y, flat), *terms, frames(dz), sums)
         joints = grads[0].shape[3]
         sums = sums.reshape(loops.PARTS, 1 + count, joints, -1)
         leave(total(sums), statistics)
@@ -183,16 +175,15 @@ class _SumProduct(torch.autograd.Function):
         x = features[0]
         b, c, t, v = x.shape
         outputs = len(weight)
-        flat = frames(x)
-        affine = [each.frame.reshape(3, -1) for each in statistics]
-        more = (frames(features[1]), affine[1]) if len(features) > 1 else (flat[:0], affine[0])
+        terms = _terms(statistics, features)
+        flat = terms[0]
         floor = scalar(0 if relu else -np.inf, x)
         weights = _Weights.of(weight, c)
         z = like(x) if copies or residual is not None or len(features) > 1 else None
         out = torch.empty(b, outputs, t, v, dtype=x.dtype, memory_format=torch.channels_last)
         sums, sums_of_parts = np.empty((parts(x), 3, 1, outputs), flat.dtype), np.empty((parts(x) * pooled, c), flat.dtype)
         product_loops.normal_product(
-            flat, affine[0], *more, _given(residual, flat), floor, _given(z, flat), weights.panels, weights.diagonal,
+            *terms, _given(residual, flat), floor, _given(z, flat), weights.panels, weights.diagonal,
             bias.repeat(v).numpy(), _form(x), frames(out), sums, sums_of_parts,
         )  # fmt: skip
         found.append(of_sums(norm, out, sums))
@@ -213,26 +204,32 @@ class _SumProduct(torch.autograd.Function):
         out, *features = ctx.saved_tensors
         z = features.pop() if ctx.kept else None
         x = features[0]
-        flat = frames(x)
-        terms, dnorm_weight, dnorm_bias = own.terms(out.shape[1])
+        terms = _terms(statistics, features)
+        flat = terms[0]
+        through, dnorm_weight, dnorm_bias = own.terms(out.shape[1])
         direct = [frames(grad) for grad in grads[1 : 1 + copies] if grad is not None]
         direct += [flat[:0]] * (2 - len(direct))
         dpooled = grads[-1] if ctx.pooled else None
-        affine = [each.frame.reshape(3, -1) for each in statistics]
-        more = (frames(features[1]), affine[1]) if len(features) > 1 else (flat[:0], affine[0])
         dz = like(x)
         sums = np.empty((parts(x), 1 + len(features), max(len(each.mean) for each in statistics), x.shape[1]), flat.dtype)
         dpanels = np.empty((min(parts(x), product_loops.GROUPS), *weights.panels.shape), flat.dtype)
         assert grads[0] is not None
         product_loops.normal_product_gradients(
-            frames(grads[0]), frames(out), terms.reshape(3, -1), own.last, flat.dtype.type(own.times), flat, affine[0], *more,
-            ctx.floor, _given(z, flat), weights.transposed, weights.diagonal, _form(x), *direct,
+            frames(grads[0]), frames(out), through.reshape(3, -1), own.last, flat.dtype.type(own.times), *terms, ctx.floor,
+            _given(z, flat), weights.transposed, weights.diagonal, _form(x), *direct,
             flat[:0] if dpooled is None else dpooled.contiguous().numpy(), frames(dz), sums, dpanels,
         )  # fmt: skip
         leave(total(sums), statistics)
         dweight = weights.gradient(_summed(dpanels), ctx.shape)
         dresidual = dz if ctx.residual else None
         return *(None,) * 6, dresidual, dweight, None, dnorm_weight, dnorm_bias, *(dz,) * len(features)
+
+
+def _terms(statistics: Sequence[Statistics], features: Sequence[Tensor]) -> tuple[Array, Array, Array, Array]:
+    """Frames of one or two `features`, each with its slope, level and mean (3, V·C); a second that is not there has no frames."""
+    x, *more = (frames(each) for each in features)
+    affine, *others = (each.frame.reshape(3, -1) for each in statistics)
+    return (x, affine, more[0], others[0]) if more else (x, affine, x[:0], affine)
 
 
 def _given(x: Tensor | None, like: Array) -> Array:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from ffn.model import loops
+from ffn.model.loops import share_threads
 from ffn.model.persons import BatchNorm1d, BatchNorm2d
 
 Array = NDArray[Any]
@@ -68,6 +69,7 @@ class Normal:
 
 def normalised(x: Tensor, norm: Norm) -> Normal:
     """`x` (B, C, T, V), of any origin, and its batch-norm."""
+    share_threads()
     statistics = of_features(norm, x)
     made: Callable[..., Tensor] = _Normalised.apply
     return Normal(made(statistics, x, norm.weight, norm.bias), statistics)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ffn.config import override, preset
 from ffn.layouts import COCO17
-from ffn.model import fused, loops
+from ffn.model import block_loops, fused
 from ffn.model.fused import normal_sum, shifted
 from ffn.model.network import build
 from ffn.model.persons import BatchNorm1d, BatchNorm2d
@@ -79,6 +79,8 @@ def test_float32_keeps_its_digits_far_from_zero(monkeypatch):
     expected = outcome(lambda x, norms: normal_sum((x[0], norms[0]), relu=False), [x.double()], [norm.double()])
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine.to(theirs.dtype), theirs, rtol=1e-3, atol=1e-3)
+    with_relu = outcome(lambda x, norms: normal_sum((x[0], norms[0])), [x], [norm])
+    torch.testing.assert_close(with_relu[0].double(), expected[0].relu(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.0])
@@ -152,7 +154,7 @@ def test_branches_side_by_side_are_torchs_poolings_and_sums(times):
 
 def test_the_sigmoid_is_torchs():
     x = torch.cat([torch.linspace(-110, 110, 20001), torch.tensor([0.0, 1e-30, -1e-30])])
-    got = torch.tensor([float(loops._sigmoid(np.float32(value))) for value in x.tolist()])
+    got = torch.tensor([float(block_loops._sigmoid(np.float32(value))) for value in x.tolist()])
     torch.testing.assert_close(got, x.sigmoid(), rtol=1e-6, atol=1e-37)
 
 
