@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffn.model import block_loops, loops
+from ffn.model import branch_loops, fusion_loops, loops, tiles
 from ffn.model.loops import share_threads
 from ffn.model.persons import BatchNorm2d
-from ffn.model.products import Sum
-from ffn.model.statistics import Norm, Normal, Statistics, leave, like, normalised, of_sums, rows, total
+from ffn.model.product_loops import GROUPS
+from ffn.model.products import Sum, form
+from ffn.model.statistics import Norm, Normal, Statistics, frames, leave, like, normalised, of_sums, rows, total
+from ffn.model.tiles import ROWS
 
 Array = NDArray[Any]
 Term = tuple[Tensor, Norm]
@@ -75,23 +77,19 @@ def shifted(x: Tensor, mask: Tensor, alpha: float, source: Tensor, target: Tenso
     return y.view(b, t, v, c).permute(0, 3, 1, 2)
 
 
-def branches(x: Normal) -> tuple[Tensor, ...]:
-    """Eight (B, C / 8, T, V) of `x` (B, C, T, V): seven normalised, with ReLU, the last, which has no statistics, as it is."""
-    share_threads()
-    split: Callable[..., tuple[Tensor, ...]] = _Branches.apply
-    return split(x.statistics, x.x)
+def branches(x: Normal, weights: Tensor, bias: Tensor, norm: BatchNorm2d, *, dilations: Sequence[int], stride: int) -> Normal:
+    """The eight branches of MSF-TCN side by side, of what enters them, (B, 8 W, T, V) -> (B, 8 W, T / stride, V); on a CPU.
 
-
-def joined(convolved: Sequence[Tensor], to_max: Tensor, to_mean: Tensor, to_point: Tensor, norm: BatchNorm2d) -> Normal:
-    """The eight branches of MSF-TCN side by side, (B, W, T, V) each -> (B, 8 W, T / stride, V), and their batch-norm; on a CPU.
-
-    Every one of the five `convolved`, which have the stride, with those before it added; the maximum and the mean, zeros beyond the
-    ends included, of three frames; the last one's frames themselves.
+    `x` is normalised, but for the last eighth, with a ReLU. Five convolutions of three frames with `weights` (5, W, W, 3, 1) and
+    `bias` (5, W), each with those before it added; the maximum and the mean, zeros beyond the ends included, of three frames; the
+    last one's frames themselves. `norm` is the batch-norm of the result. There is no gradient for `bias`, see `NormedConv2d`.
     """
     share_threads()
-    together: Callable[..., Tensor] = _Joined.apply
+    made: Callable[..., Tensor] = _Branches.apply
     found: list[Statistics] = []
-    return Normal(together(norm, found, norm.weight, norm.bias, to_max, to_mean, to_point, *convolved), found[0])
+    reaches = np.array(dilations)
+    y = made(x.statistics, norm, found, reaches, stride, x.x, weights, bias, norm.weight, norm.bias)
+    return Normal(y, found[0])
 
 
 def frame_product(matrix: Tensor, x: Tensor) -> Tensor:
@@ -126,12 +124,6 @@ def _samples(x: Tensor) -> Array:
     return rows(x).reshape(len(x), -1, x.shape[1])
 
 
-def _positions(x: Tensor) -> Array:
-    """(B, C, T, V) as (B, T, V, C)."""
-    b, c, t, v = x.shape
-    return rows(x).reshape(b, t, v, c)
-
-
 class _Fusion(torch.autograd.Function):
     """`fusion`."""
 
@@ -140,7 +132,7 @@ class _Fusion(torch.autograd.Function):
         ctx: Any, statistics: Statistics, residual: Tensor | None, both: Tensor, y: Tensor, of: Tensor, offset: Tensor
     ) -> Tensor:
         m, z = like(both), like(both)
-        block_loops.fusion(
+        fusion_loops.fusion(
             _samples(of), *statistics.frame[:2, 0], offset.detach().flatten(1).numpy(), _samples(both), _samples(y),
             _samples(both)[:0] if residual is None else _samples(residual), _samples(m), _samples(z),
         )  # fmt: skip
@@ -158,7 +150,7 @@ class _Fusion(torch.autograd.Function):
         sums = np.empty((samples, 2, 1, channels), dtype)
         dboth, dy, dof = (like(grads[0]) for _ in range(3))
         dresidual = like(grads[0]) if ctx.residual else None
-        block_loops.fusion_gradients(
+        fusion_loops.fusion_gradients(
             *given, statistics.frame[2, :1], _samples(dboth), _samples(dy), _samples(dof),
             _samples(dy)[:0] if dresidual is None else _samples(dresidual), sums,
         )  # fmt: skip
@@ -207,58 +199,52 @@ class _Branches(torch.autograd.Function):
     """`branches`."""
 
     @staticmethod
-    def forward(ctx: Any, statistics: Statistics, x: Tensor) -> tuple[Tensor, ...]:
-        b, c, t, v = x.shape
-        y = x.new_empty(8, b * t * v, c // 8)
-        block_loops.branches(rows(x), *statistics.frame[:2, :1], y.numpy())
-        ctx.save_for_backward(x, y)
-        ctx.statistics = statistics
-        return tuple(part.view(b, t, v, -1).permute(0, 3, 1, 2) for part in y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        share_threads()
-        (x, y), statistics = ctx.saved_tensors, ctx.statistics
-        dz = like(x)
-        sums = np.empty((loops.PARTS, 2, *statistics.mean.shape), statistics.frame.dtype)
-        block_loops.branches_gradients(
-            tuple(rows(part) for part in grads), y.numpy(), rows(x), statistics.frame[2, :1], rows(dz), sums
-        )
-        leave(total(sums), [statistics])
-        return None, dz
-
-
-class _Joined(torch.autograd.Function):
-    """`joined`."""
-
-    @staticmethod
     def forward(
-        ctx: Any, norm: BatchNorm2d, found: list[Statistics], norm_weight: Tensor, norm_bias: Tensor, to_max: Tensor,
-        to_mean: Tensor, to_point: Tensor, *convolved: Tensor,
+        ctx: Any, statistics: Statistics, norm: BatchNorm2d, found: list[Statistics], dilations: Array, stride: int, x: Tensor,
+        weights: Tensor, bias: Tensor, *_: Tensor,
     ) -> Tensor:  # fmt: skip
-        b, c, t, v = convolved[0].shape
-        y = convolved[0].new_empty(b, t, v, 8, c)
-        sums = np.empty((b, 3, 1, 8 * c), y.numpy().dtype)
-        block_loops.joined(tuple(map(_positions, convolved)), *map(_positions, (to_max, to_mean, to_point)), y.numpy(), sums)
-        made = y.view(b, t, v, 8 * c).permute(0, 3, 1, 2)
-        found.append(of_sums(norm, made, sums))
-        ctx.save_for_backward(to_max, y)
-        ctx.statistics = found[0]
-        return made
+        b, c, t, v = x.shape
+        y = torch.empty(b, c, (t - 1) // stride + 1, v, dtype=x.dtype, memory_format=torch.channels_last)
+        affine = statistics.of_frames(c)
+        floors = np.zeros((v, c), affine.dtype)
+        floors[:, -(c // 8) :] = -np.inf
+        added = torch.cat([bias.cumsum(0).flatten(), bias.new_zeros(c - bias.numel())]).repeat(v)
+        sums = np.empty((b, 3, 1, c), affine.dtype)
+        ctx.loops = affine, floors.reshape(-1), dilations, form(x), stride
+        branch_loops.branches(
+            frames(x), *ctx.loops[:2], _taps(weights.transpose(1, 2)), dilations, added.numpy(), *ctx.loops[3:], frames(y), sums
+        )
+        found.append(of_sums(norm, y, sums))
+        ctx.save_for_backward(x, weights, y)
+        ctx.statistics, ctx.own = statistics, found[0]
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         share_threads()
-        (to_max, y), statistics = ctx.saved_tensors, ctx.statistics
-        b, t, v, _, c = y.shape
-        terms, dweight, dbias = statistics.terms()
-        made = [like(to_max) for _ in range(3)]
-        convolved = [torch.empty(b, t, v, c, dtype=to_max.dtype).permute(0, 3, 1, 2) for _ in range(5)]
-        block_loops.joined_gradients(
-            _positions(grads[0]).reshape(b, t, v, 8, c), y.numpy(), terms[:, 0].reshape(3, 8, c),
-            terms.dtype.type(statistics.times), _positions(to_max), tuple(map(_positions, convolved)), *map(_positions, made),
+        (x, weights, y), own = ctx.saved_tensors, ctx.own
+        affine, floors, dilations, form, stride = ctx.loops
+        terms, dnorm_weight, dnorm_bias = own.terms(y.shape[1])
+        dx = like(x)
+        panels = _taps(weights)
+        sums = np.empty((len(x), 2, 1, x.shape[1]), affine.dtype)
+        count, taps, split, width, wide = panels.shape
+        dpanels = np.empty((min(len(x), GROUPS), count, taps, split, width + -width % (ROWS // 2), wide), affine.dtype)
+        branch_loops.branches_gradients(
+            frames(grads[0]), frames(y), terms.reshape(3, -1), own.last, terms.dtype.type(own.times), frames(x), affine, floors,
+            panels, dilations, form, stride, frames(dx), sums, dpanels,
         )  # fmt: skip
-        return None, None, dweight, dbias, *made, *convolved
+        leave(total(sums)[..., : ctx.statistics.mean.shape[1]], [ctx.statistics])
+        dweights = torch.from_numpy(dpanels).sum(0)[..., :width, :].permute(0, 2, 4, 3, 1).reshape(weights.shape)
+        return *(None,) * 5, dx, dweights, None, dnorm_weight, dnorm_bias
+
+
+def _taps(weights: Tensor) -> Array:
+    """Convolutions (5, K, N, 3, 1) as panels (5, 3, P, K, wide) for every frame of theirs, see `ffn.model.tiles`."""
+    count, terms, columns, taps, _ = weights.shape
+    wide = tiles.width(columns, weights.element_size())
+    made: Array = weights.view(count, terms, columns // wide, wide, taps).permute(0, 4, 2, 1, 3).contiguous().numpy()
+    return made
 
 
 class _GatheredShift(torch.autograd.Function):

@@ -31,7 +31,7 @@ GROUPS = 16
 
 
 @compiled
-def _room(frames: Any, joints: Any, channels: Any, of: Array) -> Array:
+def room(frames: Any, joints: Any, channels: Any, of: Array) -> Array:
     """Rows (R, C) of some `frames`, and as many more as a tile may write too much, of the type of `of`."""
     return np.empty((frames * joints + ROWS, channels), of.dtype)
 
@@ -45,23 +45,25 @@ def _copied(x: Array, at: Any, some: Any, out: Array) -> None:
 
 
 @compiled
-def _as_frames(room: Array, frames: Any, joints: Any) -> Array:
-    """The rows of `_room` (R, C) as frames (frames, joints·C)."""
-    return room[: frames * joints].reshape(frames, joints * room.shape[1])
+def as_frames(rows: Array, frames: Any, joints: Any) -> Array:
+    """Rows (R, C) as frames (frames, joints·C)."""
+    return rows[: frames * joints].reshape(frames, joints * rows.shape[1])
 
 
 @compiled
-def _folded(local: Array, part: Any, sums: Array) -> None:
+def folded(local: Array, part: Any, sums: Array) -> None:
     """Write `local` (1, K, 1, V·C) to sums[part] (K, P, C), those of all joints together where P is 1."""
     _, kinds, period, channels = sums.shape
     sums[part] = 0
     for k in range(kinds):
-        for i in range(local.shape[3]):
-            sums[part, k, i // channels % period, i % channels] += local[0, k, 0, i]
+        for v in range(local.shape[3] // channels):
+            p = v if period > 1 else 0
+            for c in range(channels):
+                sums[part, k, p, c] += local[0, k, 0, v * channels + c]
 
 
 @compiled
-def _written(
+def written(
     made: Array, bias: Array, some: Any, at: Any, begin: Any, end: Any, part: Any, local: Array, out: Array, sums: Array
 ) -> None:  # fmt: skip
     """Write `some` frames of `made` + `bias` to `out` from frame `at` on, with their `loops.moments`, those of one part.
@@ -70,19 +72,22 @@ def _written(
     """
     _, _, period, channels = sums.shape
     entries, joints = len(bias), len(bias) // channels
-    frames = _as_frames(made, some, joints)
+    frames = as_frames(made, some, joints)
     for f in range(some):
         for i in range(entries):
             frames[f, i] += bias[i]
     if begin:
         for i in range(entries):
             local[0, 0, 0, i], local[0, 1, 0, i] = 0, 0
-            local[0, 2, 0, i] = frames[0, i] if period > 1 else frames[0, i % channels]
+        for v in range(joints):
+            of = v if period > 1 else 0
+            for c in range(channels):
+                local[0, 2, 0, v * channels + c] = frames[0, of * channels + c]
     add_powers(frames, 0, some, local, 0)
     write(frames, some, out, at)
     if end:
         pivot = local[0, 2, 0]
-        _folded(local[:, :2], part, sums[:, :2])
+        folded(local[:, :2], part, sums[:, :2])
         for p in range(period):
             for c in range(channels):
                 sums[part, 2, p, c] = pivot[p * channels + c]
@@ -104,8 +109,8 @@ def normal_product(
     groups = min(parts, GROUPS)
     channels = x.shape[1] // joints
     for group in prange(groups):
-        of_sum, made = _room(span, joints, channels, x), _room(span, joints, outputs, x)
-        sum_of, local = _as_frames(of_sum, span, joints), np.empty((1, 3, 1, len(bias)), x.dtype)
+        of_sum, made = room(span, joints, channels, x), room(span, joints, outputs, x)
+        sum_of, local = as_frames(of_sum, span, joints), np.empty((1, 3, 1, len(bias)), x.dtype)
         for part in range(parts * group // groups, parts * (group + 1) // groups):
             sample, first, last = piece(part, parts, samples, length)
             if len(pooled):
@@ -120,7 +125,7 @@ def normal_product(
                         for c in range(channels):
                             pooled[part, c] += of_sum[r, c]
                 multiply(of_sum, some * joints, panels, diagonal, made)
-                _written(made, bias, some, at, frame == first, frame + span >= last, part, local, out, sums)
+                written(made, bias, some, at, frame == first, frame + span >= last, part, local, out, sums)
 
 
 @compiled_in_parallel
@@ -143,9 +148,9 @@ def normal_product_gradients(
     entries = x.shape[1]
     channels = entries // joints
     for group in prange(groups):
-        of_out, of_sum = _room(span, joints, terms.shape[1] // joints, x), _room(span, joints, channels, x)
-        made = _room(span, joints, channels, x)
-        out_of, sum_of, dsum = _as_frames(of_out, span, joints), _as_frames(of_sum, span, joints), _as_frames(made, span, joints)
+        of_out, of_sum = room(span, joints, terms.shape[1] // joints, x), room(span, joints, channels, x)
+        made = room(span, joints, channels, x)
+        out_of, sum_of, dsum = as_frames(of_out, span, joints), as_frames(of_sum, span, joints), as_frames(made, span, joints)
         local = np.empty((1, sums.shape[1], 1, entries), x.dtype)
         mean, mean2 = affine[2:], affine2[2:]
         first_part = parts * group // groups
@@ -175,7 +180,7 @@ def normal_product_gradients(
                 if len(x2):
                     add_moments(dsum, 0, x2, at, some, mean2, 2, local, 0)
                 write(dsum, some, dz, at)
-            _folded(local, part, sums)
+            folded(local, part, sums)
 
 
 @compiled
@@ -186,7 +191,7 @@ def _of_frames(matrix: Array, x: Array, frames: Any, wide: Any, out: Array) -> N
     for f in range(frames):
         for c in range(0, channels, wide):
             at, to = f * inputs * channels + c, f * outputs * channels + c
-            rows_times(matrix, 0, inputs, 1, outputs, x, at, channels, wide, out, to, channels, inputs, False)
+            rows_times(matrix, 0, inputs, 1, outputs, x, at, channels, wide, out, to, channels, inputs, -1)
 
 
 @compiled
@@ -214,10 +219,10 @@ def graph_and_shift(
     channels, outputs = x.shape[1] // joints, sums.shape[3]
     subsets = len(matrix) // joints
     for group in prange(groups):
-        own, moved, made = _room(span, joints, channels, x), _room(span, joints, channels, x), _room(span, joints, outputs, x)
-        by_joint = _room(span, joints, subsets * channels, x)
+        own, moved, made = room(span, joints, channels, x), room(span, joints, channels, x), room(span, joints, outputs, x)
+        by_joint = room(span, joints, subsets * channels, x)
         gathered = by_joint.reshape(-1, channels)
-        own_frames, moved_frames = _as_frames(own, span, joints), _as_frames(moved, span, joints)
+        own_frames, moved_frames = as_frames(own, span, joints), as_frames(moved, span, joints)
         local, local2 = np.empty((1, 3, 1, len(bias)), x.dtype), np.empty((1, 3, 1, len(bias)), x.dtype)
         for part in range(parts * group // groups, parts * (group + 1) // groups):
             sample, first, last = piece(part, parts, samples, length)
@@ -227,13 +232,13 @@ def graph_and_shift(
                 _copied(x, at, some, own_frames)
                 _of_frames(matrix, own, some, min(panels2.shape[2], channels), gathered)
                 multiply(by_joint, some * joints, panels, False, made)
-                _written(made, bias, some, at, begin, end, part, local, graph, sums)
+                written(made, bias, some, at, begin, end, part, local, graph, sums)
                 _shifted(own_frames, source, alpha, some, moved_frames)
                 for f in range(some):
                     for i in range(len(mask)):
                         moved_frames[f, i] *= mask[i]
                 multiply(moved, some * joints, panels2, False, made)
-                _written(made, bias2, some, at, begin, end, part, local2, shift, sums2)
+                written(made, bias2, some, at, begin, end, part, local2, shift, sums2)
 
 
 @compiled_in_parallel
@@ -257,12 +262,12 @@ def graph_and_shift_gradients(
     subsets = len(matrix) // joints
     wide = panels.shape[2]
     for group in prange(groups):
-        own, of_shift, made = _room(span, joints, channels, x), _room(span, joints, channels, x), _room(span, joints, channels, x)
-        summed, dout = np.empty((span, entries), x.dtype), _room(span, joints, terms.shape[1] // joints, x)
-        by_joint, dby_joint = _room(span, joints, subsets * channels, x), _room(span, joints, subsets * channels, x)
+        own, of_shift, made = room(span, joints, channels, x), room(span, joints, channels, x), room(span, joints, channels, x)
+        summed, dout = np.empty((span, entries), x.dtype), room(span, joints, terms.shape[1] // joints, x)
+        by_joint, dby_joint = room(span, joints, subsets * channels, x), room(span, joints, subsets * channels, x)
         gathered, dgathered = by_joint.reshape(-1, channels), dby_joint.reshape(-1, channels)
-        own_frames, made_frames = _as_frames(own, span, joints), _as_frames(made, span, joints)
-        shift_frames, dout_frames = _as_frames(of_shift, span, joints), _as_frames(dout, span, joints)
+        own_frames, made_frames = as_frames(own, span, joints), as_frames(made, span, joints)
+        shift_frames, dout_frames = as_frames(of_shift, span, joints), as_frames(dout, span, joints)
         own_joints = own[: span * joints].reshape(span, joints, channels)
         dgathered_joints = dgathered[: span * len(matrix)].reshape(span, len(matrix), channels)
         dmatrix[group], dbias[group], dmask[group] = 0, 0, 0

@@ -129,7 +129,7 @@ def _span(x: Tensor) -> int:
     return next((span for span in (8, 4, 2) if span * frame <= 2**17), 1)
 
 
-def _form(x: Tensor) -> tuple[int, int, int]:
+def form(x: Tensor) -> tuple[int, int, int]:
     """`form` in `ffn.model.product_loops`."""
     return x.shape[2], x.shape[3], _span(x)
 
@@ -184,7 +184,7 @@ class _SumProduct(torch.autograd.Function):
         sums, sums_of_parts = np.empty((parts(x), 3, 1, outputs), flat.dtype), np.empty((parts(x) * pooled, c), flat.dtype)
         product_loops.normal_product(
             *terms, _given(residual, flat), floor, _given(z, flat), weights.panels, weights.diagonal,
-            bias.repeat(v).numpy(), _form(x), frames(out), sums, sums_of_parts,
+            bias.repeat(v).numpy(), form(x), frames(out), sums, sums_of_parts,
         )  # fmt: skip
         found.append(of_sums(norm, out, sums))
         ctx.save_for_backward(out, *features, *([] if z is None else [z]))
@@ -216,7 +216,7 @@ class _SumProduct(torch.autograd.Function):
         assert grads[0] is not None
         product_loops.normal_product_gradients(
             frames(grads[0]), frames(out), through.reshape(3, -1), own.last, flat.dtype.type(own.times), *terms, ctx.floor,
-            _given(z, flat), weights.transposed, weights.diagonal, _form(x), *direct,
+            _given(z, flat), weights.transposed, weights.diagonal, form(x), *direct,
             flat[:0] if dpooled is None else dpooled.contiguous().numpy(), frames(dz), sums, dpanels,
         )  # fmt: skip
         leave(total(sums), statistics)
@@ -295,7 +295,7 @@ class _GraphAndShift(torch.autograd.Function):
         sums, sums2 = (np.empty((parts(x), 3, period, outputs), flat.dtype) for period in (1, v))
         product_loops.graph_and_shift(
             flat, matrix.numpy(), of_graph[0], bias.flatten().numpy(), _places(weights.source), mask.numpy(),
-            scalar(weights.alpha, x), of_shift[0], np.zeros(v * outputs, flat.dtype), _form(x), frames(graph), sums,
+            scalar(weights.alpha, x), of_shift[0], np.zeros(v * outputs, flat.dtype), form(x), frames(graph), sums,
             frames(shift), sums2,
         )  # fmt: skip
         found += [of_sums(weights.graph_norm, graph, sums), of_sums(weights.shift_norm, shift, sums2)]
@@ -315,8 +315,8 @@ class _GraphAndShift(torch.autograd.Function):
         assert dz is not None
         flat = frames(x)
         of_graph, of_shift = ctx.found
-        terms, *dgraph_norm = of_graph.terms()
-        terms2, *dshift_norm = of_shift.terms()
+        terms, *dgraph_norm = of_graph.terms(outputs)
+        terms2, *dshift_norm = of_shift.terms(outputs)
         dx = like(x)
         dmatrix, dbias, dmask, dpanels, dpanels2 = (
             np.empty((min(parts(x), product_loops.GROUPS), *shape), flat.dtype)
@@ -326,7 +326,7 @@ class _GraphAndShift(torch.autograd.Function):
             frames(dz), frames(graph), terms.reshape(3, -1), frames(shift), terms2.reshape(3, -1), of_graph.last,
             flat.dtype.type(of_graph.times), flat, matrix.numpy(), matrix.T.contiguous().numpy(), ctx.transposed[0],
             _places(weights.source), _places(weights.target), mask.numpy(), mask[weights.target].numpy(), scalar(weights.alpha, x),
-            ctx.transposed[1], ctx.identity, _given(direct, flat), _form(x), parts(x), frames(dx), dmatrix, dpanels, dbias,
+            ctx.transposed[1], ctx.identity, _given(direct, flat), form(x), parts(x), frames(dx), dmatrix, dpanels, dbias,
             dpanels2, dmask,
         )  # fmt: skip
         dweight = tiles.from_panels(_summed(dpanels)).reshape(subsets, c, outputs).transpose(2, 0, 1)

@@ -37,7 +37,7 @@ class Statistics:
     sums: Array | None = None
     """Sums (2, P or V, C) of dz and of dz (x - mean), which what takes the features leaves here in the backward pass."""
 
-    def terms(self, channels: int | None = None) -> tuple[Array, Tensor, Tensor]:
+    def terms(self, channels: int) -> tuple[Array, Tensor, Tensor]:
         """From `sums`: `terms` (3, V, C) of `loops.normal_gradients`, gradients of weight and bias.
 
         Of so many `channels`: those beyond the norm's own, which it was not given, are left as they are.
@@ -49,9 +49,17 @@ class Statistics:
         dweight, dbias = (torch.from_numpy(part.astype(dtype).reshape(-1)) for part in (sums[1] * self.scale, sums[0]))
         if self.joint:
             distributed.all_reduce(torch.from_numpy(sums))
-        made = np.empty((3, self.frame.shape[1], channels or self.frame.shape[2]), dtype)
+        made = np.empty((3, self.frame.shape[1], channels), dtype)
         loops.affine_gradients(sums, self.weight, self.count, self.mean, self.scale, made)
         return made, dweight, dbias
+
+    def of_frames(self, channels: int) -> Array:
+        """`frame` as (3, V·C) of so many channels: those beyond the norm's own are left as they are."""
+        _, joints, own = self.frame.shape
+        made = np.zeros((3, joints, channels), self.frame.dtype)
+        made[0] = 1
+        made[:, :, :own] = self.frame
+        return made.reshape(3, -1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Normal:
 
 
 def normalised(x: Tensor, norm: Norm) -> Normal:
-    """`x` (B, C, T, V), of any origin, and its batch-norm."""
+    """`x` (B, C, T, V), of any origin, and its batch-norm, or that of its first channels."""
     share_threads()
     statistics = of_features(norm, x)
     made: Callable[..., Tensor] = _Normalised.apply
@@ -181,7 +189,7 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (x,), statistics = ctx.saved_tensors, ctx.statistics
-        terms, dweight, dbias = statistics.terms()
+        terms, dweight, dbias = statistics.terms(x.shape[1])
         dx = like(x)
         loops.normal_gradients(
             frames(grads[0]), frames(x), terms.reshape(3, -1), statistics.last, terms.dtype.type(statistics.times), frames(dx)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ffn.model.common import Layers, NormedConv2d
-from ffn.model.fused import branches, fusable, joined
+from ffn.model.fused import branches, fusable
 from ffn.model.persons import BatchNorm2d
 from ffn.model.products import Sum, fits
 from ffn.model.statistics import Normal, plain
@@ -85,9 +85,10 @@ class MSFTCN(nn.Module):
         assert isinstance(last, BatchNorm2d)
         weight, bias = (torch.cat(both) for both in zip(enter.weights(), self.point.weights(), strict=True))
         entered, same = x.product(weight, bias, norm, copies=copies)
-        *groups, to_max, to_mean, to_point = branches(entered)
-        convolved = [conv(group) for conv, group in zip(self.dilated, groups, strict=True)]
-        made, _ = Sum((joined(convolved, to_max, to_mean, to_point, first),)).product(*conv.weights(), last)
+        dilated = [each.weights() for each in self.dilated if isinstance(each, NormedConv2d)]
+        weights, biases = (torch.stack(each) for each in zip(*dilated, strict=True))
+        together = branches(entered, weights, biases, first, dilations=self.DILATIONS, stride=self.point.stride[0])
+        made, _ = Sum((together,)).product(*conv.weights(), last)
         return made, same
 
 

@@ -26,39 +26,44 @@ VECTOR = 64 if _WIDE else 32
 """Bytes of a vector."""
 ROWS = 8 if _WIDE else 4
 """Of a tile: with two vectors each, what the registers hold beside a row of the right factor."""
+SIZES = 2 * VECTOR, VECTOR, VECTOR // 2, VECTOR // 4, VECTOR // 8
+"""Bytes that a row of a panel may have."""
 
 
 def width(columns: int, itemsize: int) -> int:
-    """Columns of a panel, for a matrix of `columns` numbers of `itemsize` bytes, which are whole vectors: two vectors', or one."""
-    lanes = VECTOR // itemsize
-    return lanes if columns % (2 * lanes) else 2 * lanes
+    """Columns of a panel, for a matrix of `columns` numbers of `itemsize` bytes: two vectors', one, or a half, quarter or eighth.
+
+    Columns are a multiple of the last.
+    """
+    return next(size // itemsize for size in SIZES if columns * itemsize % size == 0)
 
 
-def _tile(rows: int, vectors: int) -> Callable[..., None]:
+def _tile(rows: int, vectors: int, size: int = VECTOR) -> Callable[..., None]:
     """The product of one tile: see `_tile.tile`."""
 
     def tile(
         typing: Any, a: Any, at_a: Any, a_row: Any, a_term: Any, b: Any, at_b: Any, b_term: Any, out: Any, at_out: Any,
-        out_row: Any, terms: Any, add: Any,
+        out_row: Any, terms: Any, at_sum: Any,
     ) -> Any:  # fmt: skip
-        """Sums over `terms` of a[at_a + i a_row + k a_term] b[at_b + k b_term + j], put or added to out[at_out + i out_row + j].
+        """Sums over `terms` of a[at_a + i a_row + k a_term] b[at_b + k b_term + j], put to out[at_out + i out_row + j].
 
-        Arrays are flat, whatever their shape; places count elements.
+        With out[at_sum + i out_row + j] in the sum, if `at_sum` is not below zero. Arrays are flat, whatever their shape; places
+        count elements.
         """
         place = types.intp
-        signature = types.void(a, place, place, place, b, place, place, out, place, place, place, types.boolean)
-        return signature, _code(rows, vectors)
+        signature = types.void(a, place, place, place, b, place, place, out, place, place, place, place)
+        return signature, _code(rows, vectors, size)
 
     made: Callable[..., None] = intrinsic(tile)
     return made
 
 
-def _code(rows: int, vectors: int) -> Callable[..., Any]:
+def _code(rows: int, vectors: int, size: int) -> Callable[..., Any]:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, at_a, a_row, a_term, _, at_b, b_term, _, at_out, out_row, terms, add = arguments
+        _, at_a, a_row, a_term, _, at_b, b_term, _, at_out, out_row, terms, at_sum = arguments
         number = context.get_data_type(signature.args[0].dtype)
         itemsize = signature.args[0].dtype.bitwidth // 8
-        lanes = VECTOR // itemsize
+        lanes = size // itemsize
         vector, place, of_lanes = ir.VectorType(number, lanes), at_a.type, ir.VectorType(ir.IntType(32), lanes)
         zero, unknown = ir.Constant(vector, None), ir.Constant(vector, ir.Undefined)
 
@@ -69,8 +74,12 @@ def _code(rows: int, vectors: int) -> Callable[..., Any]:
         def vector_at(start: Any, offset: Any) -> Any:
             return builder.bitcast(builder.gep(start, [offset]), vector.as_pointer())
 
-        def sums_at(i: int, j: int) -> Any:
-            return vector_at(into, builder.add(builder.mul(out_row, place(i)), place(j * lanes)))
+        def places(start: Any) -> list[Any]:
+            return [
+                vector_at(start, builder.add(builder.mul(out_row, place(i)), place(j * lanes)))
+                for i in range(rows)
+                for j in range(vectors)
+            ]
 
         def multiplied_and_added(x: Any, y: Any, z: Any) -> Any:
             return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
@@ -101,20 +110,23 @@ def _code(rows: int, vectors: int) -> Callable[..., Any]:
         builder.cbranch(builder.icmp_signed("<", following, terms), loop, after)
 
         builder.position_at_end(after)
-        places = [sums_at(i, j) for i in range(rows) for j in range(vectors)]
-        with builder.if_else(add) as (added, put):
-            with added:
-                for at, value in zip(places, made, strict=True):
-                    builder.store(builder.fadd(builder.load(at, align=itemsize), value), at, align=itemsize)
+        out = places(into)
+        with builder.if_else(builder.icmp_signed("<", at_sum, place(0))) as (put, added):
             with put:
-                for at, value in zip(places, made, strict=True):
+                for at, value in zip(out, made, strict=True):
                     builder.store(value, at, align=itemsize)
+            with added:
+                for at, of, value in zip(out, places(start(7, at_sum)), made, strict=True):
+                    builder.store(builder.fadd(builder.load(of, align=itemsize), value), at, align=itemsize)
         return context.get_dummy_value()
 
     return code
 
 
-_tile_2, _tile_1, _half_2, _half_1 = _tile(ROWS, 2), _tile(ROWS, 1), _tile(ROWS // 2, 2), _tile(ROWS // 2, 1)
+_double, _single, _half, _quarter, _eighth = _tile(ROWS, 2), *(_tile(ROWS, 1, size) for size in SIZES[1:])
+_low_double, _low_single, _low_half, _low_quarter, _low_eighth = (
+    _tile(ROWS // 2, 2), *(_tile(ROWS // 2, 1, size) for size in SIZES[1:]),
+)  # fmt: skip
 
 
 def _stream_of(typing: Any, a: Any, at_a: Any, out: Any, at_out: Any) -> Any:
@@ -169,21 +181,34 @@ def write(a: Array, rows: Any, out: Array, at: Any) -> None:
 @compiled
 def rows_times(
     a: Array, at_a: Any, a_row: Any, a_term: Any, rows: Any, b: Array, at_b: Any, b_term: Any, wide: Any, out: Array, at_out: Any,
-    out_row: Any, terms: Any, add: Any,
+    out_row: Any, terms: Any, at_sum: Any,
 ) -> None:  # fmt: skip
     """One panel, `wide` columns of `b`, times any number of `rows`: up to half a tile of rows too many are read and written."""
-    single = wide * a.itemsize == VECTOR
+    size = wide * a.itemsize
     for r in range(0, rows, ROWS):
         at, to = at_a + r * a_row, at_out + r * out_row
+        of = at_sum + r * out_row if at_sum >= 0 else at_sum
         if rows - r > ROWS // 2:
-            if single:
-                _tile_1(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, add)
+            if size == 2 * VECTOR:
+                _double(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, of)
+            elif size == VECTOR:
+                _single(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, of)
+            elif size == VECTOR // 2:
+                _half(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, of)
+            elif size == VECTOR // 4:
+                _quarter(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, of)
             else:
-                _tile_2(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, add)
-        elif single:
-            _half_1(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, add)
+                _eighth(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, of)
+        elif size == 2 * VECTOR:
+            _low_double(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, of)
+        elif size == VECTOR:
+            _low_single(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, of)
+        elif size == VECTOR // 2:
+            _low_half(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, of)
+        elif size == VECTOR // 4:
+            _low_quarter(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, of)
         else:
-            _half_2(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, add)
+            _low_eighth(a, at, a_row, a_term, b, at_b, b_term, out, to, out_row, terms, of)
 
 
 @compiled
@@ -195,7 +220,7 @@ def multiply(a: Array, rows: Any, panels: Array, diagonal: Any, out: Array) -> N
     count, terms, wide = panels.shape
     for p in range(count):
         at = p * wide // terms * terms if diagonal else 0
-        rows_times(a, at, a.shape[1], 1, rows, panels, p * terms * wide, wide, wide, out, p * wide, out.shape[1], terms, False)
+        rows_times(a, at, a.shape[1], 1, rows, panels, p * terms * wide, wide, wide, out, p * wide, out.shape[1], terms, -1)
 
 
 @compiled
@@ -207,7 +232,7 @@ def accumulate(a: Array, b: Array, rows: Any, diagonal: Any, which: Any, add: An
     _, count, terms, wide = panels.shape
     for p in range(count):
         at, to = p * wide // terms * terms if diagonal else 0, (which * count + p) * terms * wide
-        rows_times(a, at, 1, a.shape[1], terms, b, p * wide, b.shape[1], wide, panels, to, wide, rows, add)
+        rows_times(a, at, 1, a.shape[1], terms, b, p * wide, b.shape[1], wide, panels, to, wide, rows, to if add else -1)
 
 
 def to_panels(matrix: Array, wide: int) -> Array:

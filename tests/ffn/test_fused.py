@@ -11,11 +11,12 @@ from torch import nn
 
 from ffn.config import override, preset
 from ffn.layouts import COCO17
-from ffn.model import block_loops, fused
+from ffn.model import fused, fusion_loops
 from ffn.model.fused import normal_sum, shifted
 from ffn.model.network import build
 from ffn.model.persons import BatchNorm1d, BatchNorm2d
 from ffn.model.products import Sum
+from ffn.model.statistics import normalised
 
 B, C, T, V = 5, 16, 8, 7  # frames that parts of samples do not share evenly
 
@@ -131,30 +132,42 @@ def test_a_network_of_which_a_part_fits(width):
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_branches_side_by_side_are_torchs_poolings_and_sums(times):
-    """Whole numbers, so that a maximum is often found twice."""
+@pytest.mark.parametrize("width", [1, 6, 16])
+def test_branches_side_by_side_are_torchs_convolutions_and_poolings(width, times):
+    """Whole numbers, so that a maximum is often found twice; the widths make panels of an eighth, a quarter and two vectors."""
     torch.manual_seed(0)
-    norm = norm_of(BatchNorm2d, 32, times=times)
-    for frames, stride in ((7, 1), (8, 2), (7, 2), (1, 2), (2, 2)):
-        steps = (frames - 1) // stride + 1
-        shapes = [(B, 4, frames, V)] * 3 + [(B, 4, steps, V)] * 5
-        inputs = [torch.randint(0, 3, shape).double().contiguous(memory_format=torch.channels_last) for shape in shapes]
+    norms = [norm_of(BatchNorm2d, count * width, times=times) for count in (7, 8)]
+    dilations = (5, 4, 3, 2, 1)
+    for frames, stride in ((7, 1), (8, 2), (7, 2), (1, 2), (2, 2), (19, 1)):
+        x = torch.randint(0, 3, (B, 8 * width, frames, V)).double().contiguous(memory_format=torch.channels_last)
+        inputs = [x, torch.randn(5, width, width, 3, 1, dtype=torch.double)]
+        bias = torch.randn(5, width, dtype=torch.double)
 
-        def plain(x, norms, stride=stride):
-            to_max, to_mean, to_point, *convolved = x
+        def plain(x, norms, stride=stride, bias=bias):
+            entered = norms[0](x[0][:, : 7 * width]).relu()
+            *groups, to_max, to_mean = entered.chunk(7, 1)
+            convolved = [
+                nn.functional.conv2d(group, x[1][k], bias[k], (stride, 1), (dilation, 0), (dilation, 1))
+                for k, (group, dilation) in enumerate(zip(groups, dilations, strict=True))
+            ]
             for k in range(1, 5):
                 convolved[k] = convolved[k] + convolved[k - 1]
             pools = nn.MaxPool2d((3, 1), (stride, 1), (1, 0))(to_max), nn.AvgPool2d((3, 1), (stride, 1), (1, 0))(to_mean)
-            return norms[0](torch.cat([*convolved, *pools, to_point[:, :, ::stride]], 1))
+            return norms[1](torch.cat([*convolved, *pools, x[0][:, 7 * width :, ::stride]], 1))
 
-        got = outcome(lambda x, norms: Sum((fused.joined(x[3:], *x[:3], norms[0]),), relu=False).total(), inputs, [norm])
-        for mine, theirs in zip(got, outcome(plain, inputs, [norm]), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+        def compiled(x, norms, stride=stride, bias=bias):
+            first = normalised(x[0], norms[0])
+            made = fused.branches(first, x[1], bias, norms[1], dilations=dilations, stride=stride)
+            return Sum((made,), relu=False).total()
+
+        got = outcome(compiled, inputs, norms)
+        for mine, theirs in zip(got, outcome(plain, inputs, norms), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_the_sigmoid_is_torchs():
     x = torch.cat([torch.linspace(-110, 110, 20001), torch.tensor([0.0, 1e-30, -1e-30])])
-    got = torch.tensor([float(block_loops._sigmoid(np.float32(value))) for value in x.tolist()])
+    got = torch.tensor([float(fusion_loops._sigmoid(np.float32(value))) for value in x.tolist()])
     torch.testing.assert_close(got, x.sigmoid(), rtol=1e-6, atol=1e-37)
 
 
