@@ -25,17 +25,21 @@ class NormedConv2d(nn.Conv2d):
         weight, bias = self.weights()
         stride = self.stride
         if self.kernel_size == (1, 1):
+            if self.training and input.shape[2:] == (1, 1) and self.groups == 1:  # which a convolution is slow at
+                return functional.linear(input.flatten(1), weight.flatten(1), bias)[:, :, None, None]
             input, stride = input[:, :, :: stride[0], :: stride[1]], (1, 1)
         return functional.conv2d(input, weight, bias, stride, self.padding, self.dilation, self.groups)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Weight and bias as they go into the convolution."""
-        weight, bias = self.weight, self.bias
-        assert bias is not None
-        if self.training:
-            without_bias: Callable[..., Tensor] = _WithoutBias.apply
-            weight, bias = without_bias(weight, bias), bias.detach()
-        return weight, bias
+        assert self.bias is not None
+        return without_gradient(self.weight, self.bias) if self.training else (self.weight, self.bias)
+
+
+def without_gradient(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution, or of several, as `NormedConv2d` takes them in training: none for the bias but zero."""
+    without_bias: Callable[..., Tensor] = _WithoutBias.apply
+    return without_bias(weight, bias), bias.detach()
 
 
 class _WithoutBias(torch.autograd.Function):

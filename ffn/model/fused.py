@@ -208,11 +208,12 @@ class _Branches(torch.autograd.Function):
         affine = statistics.of_frames(c)
         floors = np.zeros((v, c), affine.dtype)
         floors[:, -(c // 8) :] = -np.inf
-        added = torch.cat([bias.cumsum(0).flatten(), bias.new_zeros(c - bias.numel())]).repeat(v)
+        added = np.zeros((v, c), affine.dtype)
+        added[:, : bias.numel()] = bias.cumsum(0).flatten().numpy()
         sums = np.empty((b, 3, 1, c), affine.dtype)
         ctx.loops = affine, floors.reshape(-1), dilations, form(x), stride
         branch_loops.branches(
-            frames(x), *ctx.loops[:2], _taps(weights.transpose(1, 2)), dilations, added.numpy(), *ctx.loops[3:], frames(y), sums
+            frames(x), *ctx.loops[:2], _taps(weights.transpose(1, 2)), dilations, added.reshape(-1), *ctx.loops[3:], frames(y), sums
         )
         found.append(of_sums(norm, y, sums))
         ctx.save_for_backward(x, weights, y)

@@ -26,7 +26,8 @@ _MOST: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # mad
 def share_threads() -> None:
     """As many threads for the loops as torch has, which numba, when it first starts, gives every core."""
     threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, _MOST))
+    if numba.get_num_threads() != min(threads, _MOST):
+        numba.set_num_threads(min(threads, _MOST))
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 
@@ -106,16 +107,17 @@ def moments(x: Array, samples: int, length: int, sums: Array) -> None:
 
 
 @compiled
-def about_zero(sums: Array, counts: Array, times: Array, joined: Array) -> None:
+def about_zero(sums: Array, samples: int, length: int, share: float, times: int, joined: Array) -> None:
     """Sums of x and of its square, and how many there are, into `joined` (3, P, C) float64, from those of `moments`.
 
-    A part has `counts` (parts,) of them, which stand for `times` (parts,) as many.
+    Of a frame there are `share`; the last of the `samples` stands for `times` as many.
     """
     joined[:] = 0
     for part in range(len(sums)):
-        count, often = counts[part], times[part]
-        for p in range(sums.shape[2]):
-            for c in range(sums.shape[3]):
+        sample, begin, end = piece(part, len(sums), samples, length)
+        count, often = (end - begin) * share, times if sample == samples - 1 else 1
+        for p in range(joined.shape[1]):
+            for c in range(joined.shape[2]):
                 first, second = np.float64(sums[part, 0, p, c]), np.float64(sums[part, 1, p, c])
                 pivot = np.float64(sums[part, 2, p, c])
                 joined[0, p, c] += often * (first + count * pivot)

@@ -245,14 +245,14 @@ def graph_and_shift(
 def graph_and_shift_gradients(
     dz: Array, graph: Array, terms: Array, shift: Array, terms2: Array, last: int, times: Any, x: Array, matrix: Array,
     transposed: Array, panels: Array, source: Array, target: Array, mask: Array, target_mask: Array, alpha: Any, panels2: Array,
-    identity: bool, direct: Array, form: Any, parts: int, dx: Array, dmatrix: Array, dpanels: Array, dbias: Array, dpanels2: Array,
+    identity: bool, direct: Array, form: Any, parts: int, dx: Array, dmatrix: Array, dpanels: Array, dpanels2: Array, dbias: Array,
     dmask: Array,
 ) -> None:  # fmt: skip
     """Write the gradient of frames `x` (F, V·C) to `dx`; `dz` is that of both `graph` and `shift` normalised.
 
     With `identity` `dz` is a gradient of `x` too, as is `direct`. `transposed` (V, V·S), `panels` and
-    `panels2` are those of the transposed weights, `target` undoes the source. `dmatrix` (groups, V·S, V), `dpanels`, `dbias`
-    (groups, V·N), `dpanels2` and `dmask` (groups, V·C) are sums over groups of parts.
+    `panels2` are those of the transposed weights, `target` undoes the source. `dmatrix` (groups, V·S, V), `dpanels`, `dpanels2`,
+    `dbias` (groups, V·N) and `dmask` (groups, V·C) are sums over groups of parts.
     """
     length, joints, span = form
     samples = len(x) // length

@@ -184,7 +184,7 @@ class _SumProduct(torch.autograd.Function):
         sums, sums_of_parts = np.empty((parts(x), 3, 1, outputs), flat.dtype), np.empty((parts(x) * pooled, c), flat.dtype)
         product_loops.normal_product(
             *terms, _given(residual, flat), floor, _given(z, flat), weights.panels, weights.diagonal,
-            bias.repeat(v).numpy(), form(x), frames(out), sums, sums_of_parts,
+            np.tile(bias.numpy(), v), form(x), frames(out), sums, sums_of_parts,
         )  # fmt: skip
         found.append(of_sums(norm, out, sums))
         ctx.save_for_backward(out, *features, *([] if z is None else [z]))
@@ -237,10 +237,9 @@ def _given(x: Tensor | None, like: Array) -> Array:
     return like[:0] if x is None else frames(x)
 
 
-def _summed(groups: Array) -> Array:
+def _summed(groups: Array) -> Tensor:
     """The sum of gradients of groups (G, ...)."""
-    summed: Array = torch.from_numpy(groups).sum(0).numpy()  # on all threads
-    return summed
+    return torch.from_numpy(groups).sum(0)
 
 
 @dataclass(frozen=True)
@@ -254,28 +253,33 @@ class _Weights:
     @staticmethod
     def of(weight: Tensor, channels: int) -> "_Weights":
         """Of a convolution of as many `channels`."""
-        matrix = weight.detach().flatten(1).numpy()
+        matrix = weight.detach().flatten(1)
         outputs, inputs = matrix.shape
         groups = channels // inputs
-        blocks = matrix.reshape(groups, outputs // groups, inputs).swapaxes(1, 2)
-        if groups > 1 and outputs == channels:
+        if groups > 1:
+            blocks = matrix.numpy().reshape(groups, outputs // groups, inputs).swapaxes(1, 2)
             diagonal, transposed = tiles.to_diagonal(blocks), tiles.to_diagonal(blocks.swapaxes(1, 2))
-            if diagonal is not None and transposed is not None:
+            if outputs == channels and diagonal is not None and transposed is not None:
                 return _Weights(diagonal, transposed, diagonal=True)
-        dense = np.zeros((groups, inputs, groups, outputs // groups), matrix.dtype)
-        dense[np.arange(groups), :, np.arange(groups)] = blocks
-        return _Weights(*_both_ways(dense.reshape(channels, outputs)), diagonal=False)
+            dense = matrix.new_zeros(groups, outputs // groups, groups, inputs)
+            every = torch.arange(groups)
+            dense[every, :, every] = matrix.view(groups, outputs // groups, inputs)
+            matrix = dense.view(outputs, channels)
+        matrix = matrix[:, None]
+        return _Weights(tiles.to_panels(matrix), tiles.to_transposed(matrix), diagonal=False)
 
-    def gradient(self, dpanels: Array, shape: tuple[int, ...]) -> Tensor:
+    def gradient(self, dpanels: Tensor, shape: tuple[int, ...]) -> Tensor:
         """That of weights of this `shape`, from that of the panels (P, K, W)."""
         outputs, inputs = shape[:2]
         if self.diagonal:
-            blocks = tiles.from_diagonal(dpanels, outputs // inputs, inputs)
-        else:
-            dense = tiles.from_panels(dpanels)
-            groups = len(dense) // inputs
-            blocks = dense.reshape(groups, inputs, groups, outputs // groups)[np.arange(groups), :, np.arange(groups)]
-        return torch.from_numpy(np.ascontiguousarray(blocks.swapaxes(1, 2))).view(shape)
+            blocks = tiles.from_diagonal(dpanels.numpy(), outputs // inputs, inputs)
+            return torch.from_numpy(np.ascontiguousarray(blocks.swapaxes(1, 2))).view(shape)
+        matrix = tiles.from_panels(dpanels)
+        groups = matrix.shape[1] // inputs
+        if groups > 1:
+            every = torch.arange(groups)
+            matrix = matrix.view(groups, outputs // groups, groups, inputs)[every, :, every]
+        return matrix.reshape(shape)
 
 
 class _GraphAndShift(torch.autograd.Function):
@@ -289,19 +293,19 @@ class _GraphAndShift(torch.autograd.Function):
         b, c, t, v = x.shape
         outputs = len(weight)
         flat = frames(x)
-        of_graph = _both_ways(weight.numpy().transpose(1, 2, 0).reshape(-1, outputs), channels=c)
-        of_shift = _both_ways(shift_weight.flatten(1).numpy().T)
+        panels = tiles.to_panels(weight), tiles.to_panels(shift_weight.view(outputs, 1, c))
+        transposed = tiles.to_transposed(weight), tiles.to_transposed(shift_weight.view(outputs, 1, c))
         graph, shift = (torch.empty(b, outputs, t, v, dtype=x.dtype, memory_format=torch.channels_last) for _ in range(2))
         sums, sums2 = (np.empty((parts(x), 3, period, outputs), flat.dtype) for period in (1, v))
         product_loops.graph_and_shift(
-            flat, matrix.numpy(), of_graph[0], bias.flatten().numpy(), _places(weights.source), mask.numpy(),
-            scalar(weights.alpha, x), of_shift[0], np.zeros(v * outputs, flat.dtype), form(x), frames(graph), sums,
+            flat, matrix.numpy(), panels[0], bias.flatten().numpy(), _places(weights.source), mask.numpy(),
+            scalar(weights.alpha, x), panels[1], np.zeros(v * outputs, flat.dtype), form(x), frames(graph), sums,
             frames(shift), sums2,
         )  # fmt: skip
         found += [of_sums(weights.graph_norm, graph, sums), of_sums(weights.shift_norm, shift, sums2)]
         ctx.save_for_backward(x, graph, shift, matrix, mask)
         ctx.found, ctx.identity, ctx.weights, ctx.shape = found, identity, weights, weight.shape
-        ctx.transposed, ctx.panels = (of_graph[1], of_shift[1]), (of_graph[0].shape, of_shift[0].shape)
+        ctx.transposed, ctx.panels = transposed, [each.shape for each in panels]
         ctx.set_materialize_grads(False)
         return graph, shift, x.view_as(x)
 
@@ -310,7 +314,7 @@ class _GraphAndShift(torch.autograd.Function):
         share_threads()
         x, graph, shift, matrix, mask = ctx.saved_tensors
         c, v = x.shape[1], x.shape[3]
-        weights, (outputs, subsets, _) = ctx.weights, ctx.shape
+        weights, outputs = ctx.weights, ctx.shape[0]
         dz, _, direct = grads
         assert dz is not None
         flat = frames(x)
@@ -318,24 +322,17 @@ class _GraphAndShift(torch.autograd.Function):
         terms, *dgraph_norm = of_graph.terms(outputs)
         terms2, *dshift_norm = of_shift.terms(outputs)
         dx = like(x)
-        dmatrix, dbias, dmask, dpanels, dpanels2 = (
+        of_groups = [
             np.empty((min(parts(x), product_loops.GROUPS), *shape), flat.dtype)
-            for shape in (matrix.shape, (v * outputs,), (v * c,), *ctx.panels)
-        )
+            for shape in (matrix.shape, *ctx.panels, (v * outputs,), (v * c,))
+        ]
         product_loops.graph_and_shift_gradients(
             frames(dz), frames(graph), terms.reshape(3, -1), frames(shift), terms2.reshape(3, -1), of_graph.last,
             flat.dtype.type(of_graph.times), flat, matrix.numpy(), matrix.T.contiguous().numpy(), ctx.transposed[0],
             _places(weights.source), _places(weights.target), mask.numpy(), mask[weights.target].numpy(), scalar(weights.alpha, x),
-            ctx.transposed[1], ctx.identity, _given(direct, flat), form(x), parts(x), frames(dx), dmatrix, dpanels, dbias,
-            dpanels2, dmask,
+            ctx.transposed[1], ctx.identity, _given(direct, flat), form(x), parts(x), frames(dx), *of_groups,
         )  # fmt: skip
-        dweight = tiles.from_panels(_summed(dpanels)).reshape(subsets, c, outputs).transpose(2, 0, 1)
-        dshift = tiles.from_panels(_summed(dpanels2)).T.reshape(outputs, c, 1, 1)
-        found = (dmatrix.sum(0), dweight, dbias.sum(0).reshape(v, outputs), dmask.sum(0), dshift)
-        return None, None, None, dx, *(torch.from_numpy(np.ascontiguousarray(each)) for each in found), *dgraph_norm, *dshift_norm
-
-
-def _both_ways(matrix: Array, channels: int | None = None) -> tuple[Array, Array]:
-    """Panels of `matrix` (K, N) and of its transposed, those of the latter as wide as so many `channels` ask for, or K."""
-    (inputs, outputs), size = matrix.shape, matrix.itemsize
-    return tiles.to_panels(matrix, tiles.width(outputs, size)), tiles.to_panels(matrix.T, tiles.width(channels or inputs, size))
+        dmatrix, dweight, dshift, dbias, dmask = map(_summed, of_groups)
+        dweight = tiles.from_panels(dweight).view(ctx.shape)
+        dshift = tiles.from_panels(dshift).view(outputs, c, 1, 1)
+        return None, None, None, dx, dmatrix, dweight, dbias.view(v, outputs), dmask, dshift, *dgraph_norm, *dshift_norm

@@ -103,22 +103,15 @@ def of_sums(norm: Norm, x: Tensor, sums: Array) -> Statistics:
     """Those of `x` (B, C, T, V), or its first channels, as many as are the norm's, from its `loops.moments` (parts, 3, P, C)."""
     samples, _, length, joints = x.shape
     period = sums.shape[2]
-    sums = sums[..., : norm.num_features // period]
-    pieces = len(sums) // samples
-    bounds = length * np.arange(pieces + 1) // pieces
-    counts = np.tile((bounds[1:] - bounds[:-1]) * (joints / period), samples)
-    times = np.ones(len(sums))
-    if norm.times > 1:
-        times[-pieces:] = norm.times
-    said = np.empty((3, *sums.shape[2:]))
-    loops.about_zero(sums, counts, times, said)
+    said = np.empty((3, period, norm.num_features // period))
+    loops.about_zero(sums, samples, length, joints / period, norm.times, said)
     if norm.joint:
         distributed.all_reduce(torch.from_numpy(said))
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     assert norm.momentum is not None
-    norm.num_batches_tracked += 1
+    norm.num_batches_tracked.add_(1)
     weight, bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()
     mean, scale, frame = np.empty(said.shape[1:]), np.empty(said.shape[1:]), np.empty((3, joints, said.shape[2]), sums.dtype)
     loops.affine(

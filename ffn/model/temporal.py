@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ffn.model.common import Layers, NormedConv2d
+from ffn.model.common import Layers, NormedConv2d, without_gradient
 from ffn.model.fused import branches, fusable
 from ffn.model.persons import BatchNorm2d
 from ffn.model.products import Sum, fits
@@ -78,15 +78,14 @@ class MSFTCN(nn.Module):
         """
         enter, norm, *_ = self.enter
         first, _, conv, last = self.fuse
-        assert isinstance(enter, NormedConv2d)
         assert isinstance(conv, NormedConv2d)
         assert isinstance(norm, BatchNorm2d)
         assert isinstance(first, BatchNorm2d)
         assert isinstance(last, BatchNorm2d)
-        weight, bias = (torch.cat(both) for both in zip(enter.weights(), self.point.weights(), strict=True))
-        entered, same = x.product(weight, bias, norm, copies=copies)
-        dilated = [each.weights() for each in self.dilated if isinstance(each, NormedConv2d)]
-        weights, biases = (torch.stack(each) for each in zip(*dilated, strict=True))
+        weight, bias = (torch.cat(both) for both in zip(_both(enter), _both(self.point), strict=True))
+        entered, same = x.product(*without_gradient(weight, bias), norm, copies=copies)
+        weights, biases = (torch.stack(each) for each in zip(*map(_both, self.dilated), strict=True))
+        weights, biases = without_gradient(weights, biases)
         together = branches(entered, weights, biases, first, dilations=self.DILATIONS, stride=self.point.stride[0])
         made, _ = Sum((together,)).product(*conv.weights(), last)
         return made, same
@@ -100,3 +99,9 @@ def temporal_conv(channels: int, *, kernel: int, stride: int, dilation: int = 1)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     return conv
+
+
+def _both(conv: nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(conv, NormedConv2d)
+    assert conv.bias is not None
+    return conv.weight, conv.bias

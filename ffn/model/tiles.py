@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ffn.machine import compiled
 
@@ -235,15 +236,25 @@ def accumulate(a: Array, b: Array, rows: Any, diagonal: Any, which: Any, add: An
         rows_times(a, at, 1, a.shape[1], terms, b, p * wide, b.shape[1], wide, panels, to, wide, rows, to if add else -1)
 
 
-def to_panels(matrix: Array, wide: int) -> Array:
-    """`matrix` (K, N) as panels (P, K, wide), N a multiple of `wide`."""
-    terms, columns = matrix.shape
-    return np.ascontiguousarray(matrix.reshape(terms, columns // wide, wide).swapaxes(0, 1))
+def to_panels(weights: Tensor) -> Array:
+    """Weights (N, S, C), of N columns and S·C terms, as panels."""
+    columns, sets, terms = weights.shape
+    wide = width(columns, weights.element_size())
+    made: Array = weights.view(-1, wide, sets, terms).permute(0, 2, 3, 1).flatten(1, 2).contiguous().numpy()
+    return made
 
 
-def from_panels(panels: Array) -> Array:
-    """The matrix (K, N) of `panels`."""
-    return panels.swapaxes(0, 1).reshape(panels.shape[1], -1)
+def to_transposed(weights: Tensor) -> Array:
+    """Weights (N, S, C) the other way round, of S·C columns and N terms, as panels."""
+    terms, sets, columns = weights.shape
+    wide = width(columns, weights.element_size())
+    made: Array = weights.view(terms, sets, -1, wide).permute(1, 2, 0, 3).flatten(0, 1).contiguous().numpy()
+    return made
+
+
+def from_panels(panels: Tensor) -> Tensor:
+    """Weights (N, S·C) of their panels."""
+    return panels.transpose(1, 2).flatten(0, 1)
 
 
 def to_diagonal(blocks: Array) -> Array | None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from ffn.model import tiles
 
@@ -15,8 +16,10 @@ def test_a_product_and_the_gradient_of_its_panels(dtype, rows, vectors):
     inputs, outputs = 2 * tiles.VECTOR // dtype().itemsize, vectors * tiles.VECTOR // dtype().itemsize
     a, b = (RNG.normal(size=(rows + tiles.ROWS, count)).astype(dtype) for count in (inputs, outputs))
     matrix = RNG.normal(size=(inputs, outputs)).astype(dtype)
-    panels = tiles.to_panels(matrix, tiles.width(outputs, dtype().itemsize))
-    assert np.array_equal(tiles.from_panels(panels), matrix)
+    weights = torch.from_numpy(matrix.T.copy())
+    panels = tiles.to_panels(weights.view(outputs, 2, -1))
+    assert torch.equal(tiles.from_panels(torch.from_numpy(panels)), weights)
+    assert np.array_equal(tiles.to_transposed(weights[:, None]), tiles.to_panels(weights.T[:, None]))
     made = np.full((rows + tiles.ROWS, outputs), np.nan, dtype)
     tiles.multiply(a, rows, panels, False, made)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == np.float32 else {"rtol": 1e-12, "atol": 1e-12}
@@ -26,7 +29,7 @@ def test_a_product_and_the_gradient_of_its_panels(dtype, rows, vectors):
     gradients = np.full((2, *panels.shape), np.nan, dtype)
     tiles.accumulate(a, b, rows, False, 1, False, gradients)
     tiles.accumulate(a, b, rows, False, 1, True, gradients)
-    np.testing.assert_allclose(tiles.from_panels(gradients[1]), 2 * a[:rows].T @ b[:rows], **tolerance)
+    np.testing.assert_allclose(tiles.from_panels(torch.from_numpy(gradients[1])).T, 2 * a[:rows].T @ b[:rows], **tolerance)
     assert np.isnan(gradients[0]).all()
 
 
