@@ -236,16 +236,21 @@ class _Branches(torch.autograd.Function):
             panels, dilations, form, stride, frames(dx), sums, dpanels,
         )  # fmt: skip
         leave(total(sums)[..., : ctx.statistics.mean.shape[1]], [ctx.statistics])
-        dweights = torch.from_numpy(dpanels).sum(0)[..., :width, :].permute(0, 2, 4, 3, 1).reshape(weights.shape)
-        return *(None,) * 5, dx, dweights, None, dnorm_weight, dnorm_bias
+        return *(None,) * 5, dx, _of_taps(dpanels[..., :width, :]), None, dnorm_weight, dnorm_bias
 
 
 def _taps(weights: Tensor) -> Array:
-    """Convolutions (5, K, N, 3, 1) as panels (5, 3, P, K, wide) for every frame of theirs, see `ffn.model.tiles`."""
+    """Convolutions (J, K, N, taps, 1) as panels (J, taps, P, K, wide) for every frame of theirs, see `ffn.model.tiles`."""
     count, terms, columns, taps, _ = weights.shape
     wide = tiles.width(columns, weights.element_size())
     made: Array = weights.view(count, terms, columns // wide, wide, taps).permute(0, 4, 2, 1, 3).contiguous().numpy()
     return made
+
+
+def _of_taps(groups: Array) -> Tensor:
+    """The sum of gradients of groups (G, J, taps, P, K, wide) as those of convolutions (J, N, K, taps, 1)."""
+    summed = torch.from_numpy(groups).sum(0).permute(0, 2, 4, 3, 1)
+    return summed.flatten(1, 2)[..., None]
 
 
 class _GatheredShift(torch.autograd.Function):
