@@ -272,7 +272,7 @@ class _Weights:
         """That of weights of this `shape`, from that of the panels (P, K, W)."""
         outputs, inputs = shape[:2]
         if self.diagonal:
-            blocks = tiles.from_diagonal(dpanels.numpy(), outputs // inputs, inputs)
+            blocks = tiles.from_diagonal(dpanels.numpy())
             return torch.from_numpy(np.ascontiguousarray(blocks.swapaxes(1, 2))).view(shape)
         matrix = tiles.from_panels(dpanels)
         groups = matrix.shape[1] // inputs

@@ -216,7 +216,7 @@ def rows_times(
 def multiply(a: Array, rows: Any, panels: Array, diagonal: Any, out: Array) -> None:
     """Write the first `rows` of `a` (R, A) times `panels` (P, K, W) to `out` (R, P·W), with room for up to `ROWS` more.
 
-    `diagonal`: blocks of K terms and columns, W or a multiple of it, stand for themselves.
+    `diagonal`: of blocks of K terms and columns, see `to_diagonal`.
     """
     count, terms, wide = panels.shape
     for p in range(count):
@@ -228,7 +228,7 @@ def multiply(a: Array, rows: Any, panels: Array, diagonal: Any, out: Array) -> N
 def accumulate(a: Array, b: Array, rows: Any, diagonal: Any, which: Any, add: Any, panels: Array) -> None:
     """Put the transpose of the first `rows` of `a` (R, A) times those of `b` (R, P·W) into panels[which], of (G, P, K, W).
 
-    Or `add` it. This is the gradient of the panels of `multiply`; K is a multiple of `ROWS`.
+    Or `add` it. This is the gradient of the panels of `multiply`; K is a multiple of half of `ROWS`.
     """
     _, count, terms, wide = panels.shape
     for p in range(count):
@@ -258,21 +258,15 @@ def from_panels(panels: Tensor) -> Tensor:
 
 
 def to_diagonal(blocks: Array) -> Array | None:
-    """`blocks` (G, W', W') of a diagonal as panels of larger blocks, for `multiply` with `diagonal`; None where they do not fit."""
-    count, size, _ = blocks.shape
-    wide = width(count * size, blocks.itemsize)
-    terms = max(size, wide)
-    if terms % size or terms % wide or count * size % terms:
+    """`blocks` (G, K, K) of a diagonal as panels (G·P, K, W), for `multiply` with `diagonal`; None where they do not fit."""
+    size, itemsize = blocks.shape[1], blocks.itemsize
+    if size % (ROWS // 2) or size * itemsize % SIZES[-1]:
         return None
-    room = np.zeros((count * size // terms, terms // size, size, terms // size, size), blocks.dtype)
-    within = np.arange(count)
-    room[within * size // terms, within % (terms // size), :, within % (terms // size)] = blocks
-    return np.ascontiguousarray(room.reshape(-1, terms, terms // wide, wide).swapaxes(1, 2)).reshape(-1, terms, wide)
+    wide = width(size, itemsize)
+    return np.ascontiguousarray(blocks.reshape(-1, size, size // wide, wide).swapaxes(1, 2)).reshape(-1, size, wide)
 
 
-def from_diagonal(panels: Array, count: int, size: int) -> Array:
-    """The blocks (count, size, size) of `to_diagonal`."""
-    _, terms, wide = panels.shape
-    every = panels.reshape(-1, terms // wide, terms, wide).swapaxes(1, 2).reshape(-1, terms // size, size, terms // size, size)
-    within = np.arange(count)
-    return every[within * size // terms, within % (terms // size), :, within % (terms // size)]
+def from_diagonal(panels: Array) -> Array:
+    """The blocks (G, K, K) of `to_diagonal`."""
+    _, size, wide = panels.shape
+    return panels.reshape(-1, size // wide, size, wide).swapaxes(1, 2).reshape(-1, size, size)
