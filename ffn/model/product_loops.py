@@ -20,10 +20,9 @@ from ffn.model.loops import (
     add_powers,
     gradient_of_frames,
     piece,
-    product_moments,
     sum_of_frames,
 )
-from ffn.model.tiles import ROWS, accumulate, multiply, rows_times, write
+from ffn.model.tiles import ROWS, accumulate, add_dots, multiply, rows_times, write
 
 Array = NDArray[Any]
 GROUPS = 16
@@ -251,8 +250,8 @@ def graph_and_shift_gradients(
     """Write the gradient of frames `x` (F, V·C) to `dx`; `dz` is that of both `graph` and `shift` normalised.
 
     With `identity` `dz` is a gradient of `x` too, as is `direct`. `transposed` (V, V·S), `panels` and
-    `panels2` are those of the transposed weights, `target` undoes the source. `dmatrix` (groups, V·S, V), `dpanels`, `dpanels2`,
-    `dbias` (groups, V·N) and `dmask` (groups, V·C) are sums over groups of parts.
+    `panels2` are those of the transposed weights, `target` undoes the source. `dmatrix` is of `tiles.dots`, it, `dpanels`,
+    `dpanels2`, `dbias` (groups, V·N) and `dmask` (groups, V·C) are sums over groups of parts.
     """
     length, joints, span = form
     samples = len(x) // length
@@ -268,9 +267,7 @@ def graph_and_shift_gradients(
         gathered, dgathered = by_joint.reshape(-1, channels), dby_joint.reshape(-1, channels)
         own_frames, made_frames = as_frames(own, span, joints), as_frames(made, span, joints)
         shift_frames, dout_frames = as_frames(of_shift, span, joints), as_frames(dout, span, joints)
-        own_joints = own[: span * joints].reshape(span, joints, channels)
-        dgathered_joints = dgathered[: span * len(matrix)].reshape(span, len(matrix), channels)
-        dmatrix[group], dbias[group], dmask[group] = 0, 0, 0
+        dbias[group], dmask[group] = 0, 0
         first_part = parts * group // groups
         for part in range(first_part, parts * (group + 1) // groups):
             sample, first, end = piece(part, parts, samples, length)
@@ -285,8 +282,7 @@ def graph_and_shift_gradients(
                 _of_frames(matrix, own, some, wide, gathered)
                 accumulate(by_joint, dout, some * joints, False, group, part > first_part or frame > first, dpanels)
                 multiply(dout, some * joints, panels, False, dby_joint)
-                for f in range(some):
-                    product_moments(own_joints, dgathered_joints, f, group, dmatrix)
+                add_dots(dgathered, len(matrix), own, joints, some, group, dmatrix)
                 _of_frames(transposed, dgathered, some, wide, made)
                 _copied(made_frames, 0, some, summed)
                 add_frames(direct, at, some, summed, 0)

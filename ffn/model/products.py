@@ -322,10 +322,9 @@ class _GraphAndShift(torch.autograd.Function):
         terms, *dgraph_norm = of_graph.terms(outputs)
         terms2, *dshift_norm = of_shift.terms(outputs)
         dx = like(x)
-        of_groups = [
-            np.empty((min(parts(x), product_loops.GROUPS), *shape), flat.dtype)
-            for shape in (matrix.shape, *ctx.panels, (v * outputs,), (v * c,))
-        ]
+        groups = min(parts(x), product_loops.GROUPS)
+        of_groups = [tiles.dots(groups, len(matrix), v, flat.dtype)]
+        of_groups += [np.empty((groups, *shape), flat.dtype) for shape in (*ctx.panels, (v * outputs,), (v * c,))]
         product_loops.graph_and_shift_gradients(
             frames(dz), frames(graph), terms.reshape(3, -1), frames(shift), terms2.reshape(3, -1), of_graph.last,
             flat.dtype.type(of_graph.times), flat, matrix.numpy(), matrix.T.contiguous().numpy(), ctx.transposed[0],
@@ -333,6 +332,7 @@ class _GraphAndShift(torch.autograd.Function):
             ctx.transposed[1], ctx.identity, _given(direct, flat), form(x), parts(x), frames(dx), *of_groups,
         )  # fmt: skip
         dmatrix, dweight, dshift, dbias, dmask = map(_summed, of_groups)
+        dmatrix = dmatrix.sum(2)[: len(matrix), :v]
         dweight = tiles.from_panels(dweight).view(ctx.shape)
         dshift = tiles.from_panels(dshift).view(outputs, c, 1, 1)
         return None, None, None, dx, dmatrix, dweight, dbias.view(v, outputs), dmask, dshift, *dgraph_norm, *dshift_norm

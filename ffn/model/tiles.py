@@ -27,6 +27,8 @@ VECTOR = 64 if _WIDE else 32
 """Bytes of a vector."""
 ROWS = 8 if _WIDE else 4
 """Of a tile: with two vectors each, what the registers hold beside a row of the right factor."""
+DOTS = (3, 6) if _WIDE else (3, 3)
+"""Rows and columns of a tile of dot products."""
 SIZES = 2 * VECTOR, VECTOR, VECTOR // 2, VECTOR // 4, VECTOR // 8
 """Bytes that a row of a panel may have."""
 
@@ -59,6 +61,16 @@ def _tile(rows: int, vectors: int, size: int = VECTOR) -> Callable[..., None]:
     return made
 
 
+def _start(context: Any, builder: Any, signature: Any, arguments: Any, index: int, at: Any) -> Any:
+    """Where the number `at` of an array lies, an argument."""
+    array = context.make_array(signature.args[index])(context, builder, arguments[index])
+    return builder.gep(array.data, [at])
+
+
+def _multiplied_and_added(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
+
+
 def _code(rows: int, vectors: int, size: int) -> Callable[..., Any]:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, at_a, a_row, a_term, _, at_b, b_term, _, at_out, out_row, terms, at_sum = arguments
@@ -69,8 +81,7 @@ def _code(rows: int, vectors: int, size: int) -> Callable[..., Any]:
         zero, unknown = ir.Constant(vector, None), ir.Constant(vector, ir.Undefined)
 
         def start(index: int, at: Any) -> Any:
-            array = context.make_array(signature.args[index])(context, builder, arguments[index])
-            return builder.gep(array.data, [at])
+            return _start(context, builder, signature, arguments, index, at)
 
         def vector_at(start: Any, offset: Any) -> Any:
             return builder.bitcast(builder.gep(start, [offset]), vector.as_pointer())
@@ -81,9 +92,6 @@ def _code(rows: int, vectors: int, size: int) -> Callable[..., Any]:
                 for i in range(rows)
                 for j in range(vectors)
             ]
-
-        def multiplied_and_added(x: Any, y: Any, z: Any) -> Any:
-            return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
 
         from_a, from_b, into = start(0, at_a), start(4, at_b), start(7, at_out)
         offsets = [builder.mul(a_row, place(i)) for i in range(rows)]
@@ -98,7 +106,7 @@ def _code(rows: int, vectors: int, size: int) -> Callable[..., Any]:
         for i in range(rows):
             first = builder.insert_element(unknown, builder.load(builder.gep(row_a, [offsets[i]])), ir.IntType(32)(0))
             left = builder.shuffle_vector(first, unknown, ir.Constant(of_lanes, None))
-            made += [multiplied_and_added(left, right[j], sums[i * vectors + j]) for j in range(vectors)]
+            made += [_multiplied_and_added(builder, left, right[j], sums[i * vectors + j]) for j in range(vectors)]
         following = builder.add(term, place(1))
         for phi, first, then in (
             (term, place(0), following),
@@ -130,6 +138,84 @@ _low_double, _low_single, _low_half, _low_quarter, _low_eighth = (
 )  # fmt: skip
 
 
+def _dots_of(
+    typing: Any, a: Any, at_a: Any, a_row: Any, a_frame: Any, b: Any, at_b: Any, b_row: Any, b_frame: Any, out: Any, at_out: Any,
+    out_row: Any, vectors: Any, frames: Any,
+) -> Any:  # fmt: skip
+    """Add products of `DOTS` rows of `a` and of `b`, so many `vectors` long, to vectors from out[at_out] on, lane by lane.
+
+    Over `frames`, which begin `a_frame` and `b_frame` numbers after one another.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, at_a, a_row, a_frame, _, at_b, b_row, b_frame, _, at_out, out_row, vectors, frames = arguments
+        number = context.get_data_type(signature.args[0].dtype)
+        itemsize = signature.args[0].dtype.bitwidth // 8
+        lanes = VECTOR // itemsize
+        vector, place = ir.VectorType(number, lanes), at_a.type
+        rows, columns = DOTS
+
+        def loaded(start: Any, offset: Any) -> Any:
+            return builder.load(builder.bitcast(builder.gep(start, [offset]), vector.as_pointer()), align=itemsize)
+
+        starts = [_start(context, builder, signature, arguments, index, at) for index, at in ((0, at_a), (4, at_b), (8, at_out))]
+        before, frame, loop, following, after = builder.block, *(builder.append_basic_block() for _ in range(4))
+        builder.branch(frame)
+
+        builder.position_at_end(frame)
+        number_of, frame_a, frame_b = (builder.phi(kind) for kind in (place, starts[0].type, starts[1].type))
+        so_far = [builder.phi(vector) for _ in range(rows * columns)]
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        term, row_a, row_b = (builder.phi(kind) for kind in (place, frame_a.type, frame_b.type))
+        sums = [builder.phi(vector) for _ in so_far]
+        left = [loaded(row_a, builder.mul(a_row, place(i))) for i in range(rows)]
+        right = [loaded(row_b, builder.mul(b_row, place(j))) for j in range(columns)]
+        made = [
+            _multiplied_and_added(builder, left[i], right[j], sums[i * columns + j]) for i in range(rows) for j in range(columns)
+        ]
+        next_term, next_a, next_b = (
+            builder.add(term, place(1)),
+            builder.gep(row_a, [place(lanes)]),
+            builder.gep(row_b, [place(lanes)]),
+        )
+        builder.cbranch(builder.icmp_signed("<", next_term, vectors), loop, following)
+        inner = (
+            (term, place(0), next_term),
+            (row_a, frame_a, next_a),
+            (row_b, frame_b, next_b),
+            *zip(sums, so_far, made, strict=True),
+        )
+        for phi, first, then in inner:
+            phi.add_incoming(first, frame)
+            phi.add_incoming(then, loop)
+
+        builder.position_at_end(following)
+        next_frame = builder.add(number_of, place(1))
+        outer = (
+            (number_of, place(0), next_frame),
+            (frame_a, starts[0], builder.gep(frame_a, [a_frame])),
+            (frame_b, starts[1], builder.gep(frame_b, [b_frame])),
+            *((each, ir.Constant(vector, None), value) for each, value in zip(so_far, made, strict=True)),
+        )
+        builder.cbranch(builder.icmp_signed("<", next_frame, frames), frame, after)
+        for phi, first, then in outer:
+            phi.add_incoming(first, before)
+            phi.add_incoming(then, following)
+
+        builder.position_at_end(after)
+        for i in range(rows):
+            for j in range(columns):
+                offset = builder.add(builder.mul(out_row, place(i)), place(j * lanes))
+                at = builder.bitcast(builder.gep(starts[2], [offset]), vector.as_pointer())
+                builder.store(builder.fadd(builder.load(at, align=itemsize), made[i * columns + j]), at, align=itemsize)
+        return context.get_dummy_value()
+
+    place = types.intp
+    return types.void(a, place, place, place, b, place, place, place, out, place, place, place, place), code
+
+
 def _stream_of(typing: Any, a: Any, at_a: Any, out: Any, at_out: Any) -> Any:
     """Write the vector at a[at_a] to out[at_out], which is aligned to vectors, past the caches."""
 
@@ -158,6 +244,7 @@ def _fence_of(typing: Any) -> Any:
     return types.void(), code
 
 
+_dots: Callable[..., None] = intrinsic(_dots_of)
 _stream: Callable[..., None] = intrinsic(_stream_of)
 _fence: Callable[..., None] = intrinsic(_fence_of)
 
@@ -234,6 +321,28 @@ def accumulate(a: Array, b: Array, rows: Any, diagonal: Any, which: Any, add: An
     for p in range(count):
         at, to = p * wide // terms * terms if diagonal else 0, (which * count + p) * terms * wide
         rows_times(a, at, 1, a.shape[1], terms, b, p * wide, b.shape[1], wide, panels, to, wide, rows, to if add else -1)
+
+
+@compiled
+def add_dots(a: Array, rows: Any, b: Array, columns: Any, frames: Any, which: Any, out: Array) -> None:
+    """Add products over channels of the `rows` of each frame of `a` (R, C) with the `columns` rows of that of `b` (R, C).
+
+    They go to out[which] of (G, rows, columns, lanes), see `dots`, lane by lane: sums over the last axis are the products. Up to a
+    tile of rows too many are read.
+    """
+    _, height, across, lanes = out.shape
+    channels = a.shape[1]
+    for p in range(0, rows, DOTS[0]):
+        for j in range(0, columns, DOTS[1]):
+            _dots(
+                a, p * channels, channels, rows * channels, b, j * channels, channels, columns * channels, out,
+                ((which * height + p) * across + j) * lanes, across * lanes, channels // lanes, frames,
+            )  # fmt: skip
+
+
+def dots(groups: int, rows: int, columns: int, dtype: Any) -> Array:
+    """Zeros for `add_dots`: whole tiles of lanes."""
+    return np.zeros((groups, rows + -rows % DOTS[0], columns + -columns % DOTS[1], VECTOR // dtype.itemsize), dtype)
 
 
 def to_panels(weights: Tensor) -> Array:
