@@ -126,7 +126,7 @@ def _places(index: Tensor) -> Array:
 def _span(x: Tensor) -> int:
     """How many frames of `x` (B, C, T, V) a loop takes at a time: few enough for a core's cache, and for whole tiles of rows."""
     frame = x.shape[1] * x.shape[3] * x.element_size()
-    return next((span for span in (8, 4, 2) if span * frame <= 2**17), 1)
+    return next((span for span in (8, 4, 2) if span * frame <= 2**18), 1)
 
 
 def form(x: Tensor) -> tuple[int, int, int]:
