@@ -204,9 +204,11 @@ def _shifted(x: Array, source: Array, alpha: Any, frames: Any, out: Array) -> No
 @compiled_in_parallel
 def graph_and_shift(
     x: Array, matrix: Array, panels: Array, bias: Array, source: Array, mask: Array, alpha: Any, panels2: Array, bias2: Array,
-    form: Any, graph: Array, sums: Array, shift: Array, sums2: Array,
+    panels3: Array, form: Any, graph: Array, sums: Array, shift: Array, sums2: Array, residual: Array,
 ) -> None:  # fmt: skip
     """Write the graph convolution of frames `x` (F, V·C) to `graph` (F, V·N), the convolution of their shift to `shift`.
+
+    And their product with `panels3` to `residual`, if it has frames.
 
     `matrix` (V·S, V) is the adjacency, by joint and subset, `panels` have S·C terms, `bias` and `bias2` are (V·N,), `source` and
     `mask` (V·C,). `sums` and `sums2` become the `loops.moments`.
@@ -238,20 +240,23 @@ def graph_and_shift(
                         moved_frames[f, i] *= mask[i]
                 multiply(moved, some * joints, panels2, False, made)
                 written(made, bias2, some, at, begin, end, part, local2, shift, sums2)
+                if len(residual):
+                    multiply(own, some * joints, panels3, False, made)
+                    write(as_frames(made, some, joints), some, residual, at)
 
 
 @compiled_in_parallel
 def graph_and_shift_gradients(
     dz: Array, graph: Array, terms: Array, shift: Array, terms2: Array, last: int, times: Any, x: Array, matrix: Array,
     transposed: Array, panels: Array, source: Array, target: Array, mask: Array, target_mask: Array, alpha: Any, panels2: Array,
-    identity: bool, direct: Array, form: Any, parts: int, dx: Array, dmatrix: Array, dpanels: Array, dpanels2: Array, dbias: Array,
-    dmask: Array,
+    panels3: Array, direct: Array, form: Any, parts: int, dx: Array, dmatrix: Array, dpanels: Array, dpanels2: Array,
+    dpanels3: Array, dbias: Array, dmask: Array,
 ) -> None:  # fmt: skip
-    """Write the gradient of frames `x` (F, V·C) to `dx`; `dz` is that of both `graph` and `shift` normalised.
+    """Write the gradient of frames `x` (F, V·C) to `dx`; `dz` is that of `graph` and `shift`, both normalised, and of the residual.
 
-    With `identity` `dz` is a gradient of `x` too, as is `direct`. `transposed` (V, V·S), `panels` and
-    `panels2` are those of the transposed weights, `target` undoes the source. `dmatrix` is of `tiles.dots`, it, `dpanels`,
-    `dpanels2`, `dbias` (groups, V·N) and `dmask` (groups, V·C) are sums over groups of parts.
+    Without `panels3` the residual is `x` itself; `direct` is a gradient of `x` from elsewhere. `transposed` (V, V·S) and the panels
+    are of the transposed weights, `target` undoes the source. `dmatrix` is of `tiles.dots`; it, those of the panels, `dbias`
+    (groups, V·N) and `dmask` (groups, V·C) are sums over groups of parts.
     """
     length, joints, span = form
     samples = len(x) // length
@@ -273,20 +278,25 @@ def graph_and_shift_gradients(
             sample, first, end = piece(part, parts, samples, length)
             for frame in range(first, end, span):
                 some, at = min(span, end - frame), sample * length + frame
-                often = times if at >= last else x.dtype.type(1)
+                often, again = times if at >= last else x.dtype.type(1), part > first_part or frame > first
                 _copied(x, at, some, own_frames)
                 gradient_of_frames(dz, graph, terms, often, at, some, dout_frames, 0)
                 for f in range(some):
                     for i in range(dbias.shape[1]):
                         dbias[group, i] += dout_frames[f, i]
                 _of_frames(matrix, own, some, wide, gathered)
-                accumulate(by_joint, dout, some * joints, False, group, part > first_part or frame > first, dpanels)
+                accumulate(by_joint, dout, some * joints, False, group, again, dpanels)
                 multiply(dout, some * joints, panels, False, dby_joint)
                 add_dots(dgathered, len(matrix), own, joints, some, group, dmatrix)
                 _of_frames(transposed, dgathered, some, wide, made)
                 _copied(made_frames, 0, some, summed)
                 add_frames(direct, at, some, summed, 0)
-                if identity:
+                if len(panels3):
+                    _copied(dz, at, some, dout_frames)
+                    accumulate(own, dout, some * joints, False, group, again, dpanels3)
+                    multiply(dout, some * joints, panels3, False, made)
+                    add_frames(made_frames, 0, some, summed, 0)
+                else:
                     add_frames(dz, at, some, summed, 0)
                 gradient_of_frames(dz, shift, terms2, often, at, some, dout_frames, 0)
                 multiply(dout, some * joints, panels2, False, made)
@@ -295,7 +305,7 @@ def graph_and_shift_gradients(
                     for i in range(entries):
                         dmask[group, i] += made_frames[f, i] * shift_frames[f, i]
                         shift_frames[f, i] *= mask[i]
-                accumulate(of_shift, dout, some * joints, False, group, part > first_part or frame > first, dpanels2)
+                accumulate(of_shift, dout, some * joints, False, group, again, dpanels2)
                 for f in range(some):
                     for i in range(entries):
                         summed[f, i] += made_frames[f, target[i]] * target_mask[i] - alpha * made_frames[f, i] * mask[i]

@@ -58,7 +58,8 @@ class Sum:
 class GraphAndShift:
     """The weights of ESF-GCN: adjacency (S, V, V), convolution (S·N, C, 1, 1) and (S·N,), mask (V·C,) and convolution (N, C, 1, 1).
 
-    `source` (V·C,) are the places in a frame that the shift takes its values from, `target` undoes it.
+    `source` (V·C,) are the places in a frame that the shift takes its values from, `target` undoes it. The residual is a
+    convolution too, (N, C, 1, 1), or the identity.
     """
 
     adjacency: Tensor
@@ -71,11 +72,12 @@ class GraphAndShift:
     target: Tensor
     shift: Tensor
     shift_norm: Norm
+    residual: Tensor | None
 
-    def __call__(self, x: Tensor, *, identity: bool) -> tuple[Sum, Tensor]:
-        """The sum of the graph convolution and the convolution of the shift of `x` (B, C, T, V), `fusable`, and `x` for all others.
+    def __call__(self, x: Tensor) -> tuple[Sum, Tensor]:
+        """The sum of graph convolution, convolution of the shift, and residual of `x` (B, C, T, V), `fusable`; `x` for all others.
 
-        With `identity` `x` is in the sum: its gradient there is added to those of the convolutions by the way.
+        The gradient of the sum is that of the residual: it is not told of it twice, and all that it gives meets in one pass.
         """
         if not fits(x, x.shape[1]):
             return self._filled_up(x)
@@ -84,13 +86,13 @@ class GraphAndShift:
         matrix = self.adjacency.permute(2, 0, 1).reshape(joints * subsets, joints)
         weight = self.graph.view(subsets, -1, x.shape[1]).transpose(0, 1)
         bias = self.adjacency.sum(1).T @ self.bias.view(subsets, -1)
-        made: Callable[..., tuple[Tensor, Tensor, Tensor]] = _GraphAndShift.apply
+        made: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _GraphAndShift.apply
         found: list[Statistics] = []
-        graph, shift, same = made(
-            self, identity, found, x, matrix, weight, bias, self.mask, self.shift, self.graph_norm.weight, self.graph_norm.bias,
-            self.shift_norm.weight, self.shift_norm.bias,
+        graph, shift, residual, same = made(
+            self, found, x, matrix, weight, bias, self.mask, self.shift, self.residual, self.graph_norm.weight,
+            self.graph_norm.bias, self.shift_norm.weight, self.shift_norm.bias,
         )  # fmt: skip
-        return Sum((Normal(graph, found[0]), Normal(shift, found[1])), x.detach() if identity else None), same
+        return Sum((Normal(graph, found[0]), Normal(shift, found[1])), residual), same
 
     def _filled_up(self, x: Tensor) -> tuple[Sum, Tensor]:
         """The same with zeros for channels, so that they are whole vectors."""
@@ -108,9 +110,10 @@ class GraphAndShift:
             source=source,
             target=target,
             shift=functional.pad(self.shift, (0, 0, 0, 0, 0, more)),
+            residual=None if self.residual is None else functional.pad(self.residual, (0, 0, 0, 0, 0, more)),
         )
-        both, _ = filled(functional.pad(x, (0, 0, 0, 0, 0, more)).contiguous(memory_format=torch.channels_last), identity=False)
-        return both, x
+        summed, _ = filled(functional.pad(x, (0, 0, 0, 0, 0, more)).contiguous(memory_format=torch.channels_last))
+        return summed, x
 
 
 def fits(x: Tensor, *channels: int) -> bool:
@@ -287,27 +290,34 @@ class _GraphAndShift(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weights: GraphAndShift, identity: bool, found: list[Statistics], x: Tensor, matrix: Tensor, weight: Tensor,
-        bias: Tensor, mask: Tensor, shift_weight: Tensor, *_: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any, weights: GraphAndShift, found: list[Statistics], x: Tensor, matrix: Tensor, weight: Tensor, bias: Tensor,
+        mask: Tensor, shift_weight: Tensor, residual_weight: Tensor | None, *_: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         b, c, t, v = x.shape
         outputs = len(weight)
         flat = frames(x)
-        panels = tiles.to_panels(weight), tiles.to_panels(shift_weight.view(outputs, 1, c))
-        transposed = tiles.to_transposed(weight), tiles.to_transposed(shift_weight.view(outputs, 1, c))
-        graph, shift = (torch.empty(b, outputs, t, v, dtype=x.dtype, memory_format=torch.channels_last) for _ in range(2))
+        matrices = [weight, shift_weight.view(outputs, 1, c)]
+        if residual_weight is not None:
+            matrices.append(residual_weight.view(outputs, 1, c))
+        panels, transposed = [tiles.to_panels(each) for each in matrices], [tiles.to_transposed(each) for each in matrices]
+        if residual_weight is None:
+            panels.append(panels[1][:0])
+            transposed.append(transposed[1][:0])
+        graph, shift, *others = (torch.empty(b, outputs, t, v, dtype=x.dtype, memory_format=torch.channels_last) for _ in matrices)
         sums, sums2 = (np.empty((parts(x), 3, period, outputs), flat.dtype) for period in (1, v))
         product_loops.graph_and_shift(
             flat, matrix.numpy(), panels[0], bias.flatten().numpy(), _places(weights.source), mask.numpy(),
-            scalar(weights.alpha, x), panels[1], np.zeros(v * outputs, flat.dtype), form(x), frames(graph), sums,
-            frames(shift), sums2,
+            scalar(weights.alpha, x), panels[1], np.zeros(v * outputs, flat.dtype), panels[2], form(x), frames(graph), sums,
+            frames(shift), sums2, frames(others[0]) if others else flat[:0],
         )  # fmt: skip
         found += [of_sums(weights.graph_norm, graph, sums), of_sums(weights.shift_norm, shift, sums2)]
         ctx.save_for_backward(x, graph, shift, matrix, mask)
-        ctx.found, ctx.identity, ctx.weights, ctx.shape = found, identity, weights, weight.shape
+        ctx.found, ctx.weights, ctx.shape = found, weights, weight.shape
         ctx.transposed, ctx.panels = transposed, [each.shape for each in panels]
         ctx.set_materialize_grads(False)
-        return graph, shift, x.view_as(x)
+        residual = others[0] if others else x.detach()
+        ctx.mark_non_differentiable(residual)
+        return graph, shift, residual, x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -315,7 +325,7 @@ class _GraphAndShift(torch.autograd.Function):
         x, graph, shift, matrix, mask = ctx.saved_tensors
         c, v = x.shape[1], x.shape[3]
         weights, outputs = ctx.weights, ctx.shape[0]
-        dz, _, direct = grads
+        dz, _, _, direct = grads
         assert dz is not None
         flat = frames(x)
         of_graph, of_shift = ctx.found
@@ -329,10 +339,12 @@ class _GraphAndShift(torch.autograd.Function):
             frames(dz), frames(graph), terms.reshape(3, -1), frames(shift), terms2.reshape(3, -1), of_graph.last,
             flat.dtype.type(of_graph.times), flat, matrix.numpy(), matrix.T.contiguous().numpy(), ctx.transposed[0],
             _places(weights.source), _places(weights.target), mask.numpy(), mask[weights.target].numpy(), scalar(weights.alpha, x),
-            ctx.transposed[1], ctx.identity, _given(direct, flat), form(x), parts(x), frames(dx), *of_groups,
+            *ctx.transposed[1:], _given(direct, flat), form(x), parts(x), frames(dx), *of_groups,
         )  # fmt: skip
-        dmatrix, dweight, dshift, dbias, dmask = map(_summed, of_groups)
+        dmatrix, *dpanels, dbias, dmask = map(_summed, of_groups)
         dmatrix = dmatrix.sum(2)[: len(matrix), :v]
-        dweight = tiles.from_panels(dweight).view(ctx.shape)
-        dshift = tiles.from_panels(dshift).view(outputs, c, 1, 1)
-        return None, None, None, dx, dmatrix, dweight, dbias.view(v, outputs), dmask, dshift, *dgraph_norm, *dshift_norm
+        dweight, dshift, *dresidual = (tiles.from_panels(each) for each in dpanels if len(each))
+        dothers = [each.view(outputs, c, 1, 1) for each in (dshift, *dresidual)] + [None] * (1 - len(dresidual))
+        return (
+            None, None, dx, dmatrix, dweight.view(ctx.shape), dbias.view(v, outputs), dmask, *dothers, *dgraph_norm, *dshift_norm
+        )  # fmt: skip

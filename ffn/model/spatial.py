@@ -57,13 +57,12 @@ class ESFGCN(nn.Module):
     def sum(self, x: Tensor) -> tuple[Sum, Tensor]:
         """Its output, not worked out yet, and `x` for all others that take it; `x` is `fusable`, the output `fits`."""
         assert self.conv.bias is not None
-        shift, identity = self.shift, isinstance(self.residual, nn.Identity)
+        shift, residual = self.shift, self.residual
         both = GraphAndShift(
             self.adjacency, self.conv.weight, self.conv.bias, self.norm, shift.weights(), shift.alpha, shift.source, shift.target,
-            shift.conv.weight, shift.norm,
+            shift.conv.weight, shift.norm, residual.weight if isinstance(residual, nn.Conv2d) else None,
         )  # fmt: skip
-        summed, x = both(x, identity=identity)
-        return (summed, x) if identity else (Sum(summed.terms, self.residual(x)), x)
+        return both(x)
 
 
 class SpatialShift(nn.Module):
