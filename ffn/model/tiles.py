@@ -76,7 +76,7 @@ def _code(rows: int, vectors: int, size: int) -> Callable[..., Any]:
         _, at_a, a_row, a_term, _, at_b, b_term, _, at_out, out_row, terms, at_sum = arguments
         number = context.get_data_type(signature.args[0].dtype)
         itemsize = signature.args[0].dtype.bitwidth // 8
-        lanes = size // itemsize
+        lanes = max(1, size // itemsize)  # none is so narrow that it would be less
         vector, place, of_lanes = ir.VectorType(number, lanes), at_a.type, ir.VectorType(ir.IntType(32), lanes)
         zero, unknown = ir.Constant(vector, None), ir.Constant(vector, ir.Undefined)
 

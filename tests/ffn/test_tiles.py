@@ -54,6 +54,25 @@ def test_a_product_with_blocks_of_a_diagonal(size):
     np.testing.assert_allclose(tiles.from_diagonal(gradients[0]), whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("rows", "columns", "frames"), [(1, 1, 1), (51, 17, 3), (7, 12, 2)])
+def test_products_of_the_rows_of_frames(rows, columns, frames, dtype):
+    """More rows than there are may be read, whatever they are, but do not go into those that were asked for."""
+    channels = 3 * tiles.VECTOR // dtype().itemsize
+    a, b = (np.full((frames * count + tiles.ROWS, channels), np.nan, dtype) for count in (rows, columns))
+    a[: frames * rows], b[: frames * columns] = (
+        RNG.normal(size=(frames * rows, channels)),
+        RNG.normal(size=(frames * columns, channels)),
+    )
+    out = tiles.dots(2, rows, columns, np.dtype(dtype))
+    for _ in range(2):
+        tiles.add_dots(a, rows, b, columns, frames, 1, out)
+    left, right = a[: frames * rows].reshape(frames, rows, -1), b[: frames * columns].reshape(frames, columns, -1)
+    expected = 2 * np.einsum("fpc,fjc->pj", left, right)
+    np.testing.assert_allclose(out[1].sum(2)[:rows, :columns], expected, rtol=1e-4, atol=1e-3)
+    assert not out[0].any()
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 def test_writing_past_the_caches(offset):
     """Where the rows are whole vectors and where they are not, or do not begin at one."""
