@@ -65,16 +65,18 @@ def folded(local: Array, part: Any, sums: Array) -> None:
 def written(
     made: Array, bias: Array, some: Any, at: Any, begin: Any, end: Any, part: Any, local: Array, out: Array, sums: Array
 ) -> None:  # fmt: skip
-    """Write `some` frames of `made` + `bias` to `out` from frame `at` on, with their `loops.moments`, those of one part.
+    """Write `some` frames of `made`, plus `bias`, if it has any, to `out` from frame `at` on, with their `loops.moments`.
 
-    `local` (1, 3, 1, V·C) holds the sums between the `begin` and the `end` of the part.
+    `local` (1, 3, 1, V·C) holds the sums between the `begin` and the `end` of a part.
     """
     _, _, period, channels = sums.shape
-    entries, joints = len(bias), len(bias) // channels
+    entries = local.shape[3]
+    joints = entries // channels
     frames = as_frames(made, some, joints)
-    for f in range(some):
-        for i in range(entries):
-            frames[f, i] += bias[i]
+    if len(bias):
+        for f in range(some):
+            for i in range(entries):
+                frames[f, i] += bias[i]
     if begin:
         for i in range(entries):
             local[0, 0, 0, i], local[0, 1, 0, i] = 0, 0
@@ -194,24 +196,27 @@ def _of_frames(matrix: Array, x: Array, frames: Any, wide: Any, out: Array) -> N
 
 
 @compiled
-def _shifted(x: Array, source: Array, alpha: Any, frames: Any, out: Array) -> None:
-    """Write x[source] - alpha x of `frames` of `x` (F, V·C) to `out`, `source` being places in a frame."""
+def _shifted(x: Array, source: Array, alpha: Any, mask: Array, frames: Any, out: Array) -> None:
+    """Write x[source] - alpha x, times `mask`, if it has any, of `frames` of `x` (F, V·C) to `out`; `source`: places in a frame."""
     for f in range(frames):
-        for i in range(len(source)):
-            out[f, i] = x[f, source[i]] - alpha * x[f, i]
+        if len(mask):
+            for i in range(len(source)):
+                out[f, i] = (x[f, source[i]] - alpha * x[f, i]) * mask[i]
+        else:
+            for i in range(len(source)):
+                out[f, i] = x[f, source[i]] - alpha * x[f, i]
 
 
 @compiled_in_parallel
 def graph_and_shift(
-    x: Array, matrix: Array, panels: Array, bias: Array, source: Array, mask: Array, alpha: Any, panels2: Array, bias2: Array,
-    panels3: Array, form: Any, graph: Array, sums: Array, shift: Array, sums2: Array, residual: Array,
+    x: Array, matrix: Array, panels: Array, bias: Array, source: Array, mask: Array, alpha: Any, panels2: Array, panels3: Array,
+    form: Any, graph: Array, sums: Array, shift: Array, sums2: Array, residual: Array,
 ) -> None:  # fmt: skip
     """Write the graph convolution of frames `x` (F, V·C) to `graph` (F, V·N), the convolution of their shift to `shift`.
 
     And their product with `panels3` to `residual`, if it has frames.
-
-    `matrix` (V·S, V) is the adjacency, by joint and subset, `panels` have S·C terms, `bias` and `bias2` are (V·N,), `source` and
-    `mask` (V·C,). `sums` and `sums2` become the `loops.moments`.
+    `matrix` (V·S, V) is the adjacency, by joint and subset, `panels` have S·C terms, `bias` is (V·N,), `source` and `mask`
+    are (V·C,). `sums` and `sums2` become the `loops.moments`.
     """
     length, joints, span = form
     parts = len(sums)
@@ -234,12 +239,9 @@ def graph_and_shift(
                 _of_frames(matrix, own, some, min(panels2.shape[2], channels), gathered)
                 multiply(by_joint, some * joints, panels, False, made)
                 written(made, bias, some, at, begin, end, part, local, graph, sums)
-                _shifted(own_frames, source, alpha, some, moved_frames)
-                for f in range(some):
-                    for i in range(len(mask)):
-                        moved_frames[f, i] *= mask[i]
+                _shifted(own_frames, source, alpha, mask, some, moved_frames)
                 multiply(moved, some * joints, panels2, False, made)
-                written(made, bias2, some, at, begin, end, part, local2, shift, sums2)
+                written(made, bias[:0], some, at, begin, end, part, local2, shift, sums2)
                 if len(residual):
                     multiply(own, some * joints, panels3, False, made)
                     write(as_frames(made, some, joints), some, residual, at)
@@ -300,7 +302,7 @@ def graph_and_shift_gradients(
                     add_frames(dz, at, some, summed, 0)
                 gradient_of_frames(dz, shift, terms2, often, at, some, dout_frames, 0)
                 multiply(dout, some * joints, panels2, False, made)
-                _shifted(own_frames, source, alpha, some, shift_frames)
+                _shifted(own_frames, source, alpha, mask[:0], some, shift_frames)
                 for f in range(some):
                     for i in range(entries):
                         dmask[group, i] += made_frames[f, i] * shift_frames[f, i]

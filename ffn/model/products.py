@@ -307,8 +307,8 @@ class _GraphAndShift(torch.autograd.Function):
         sums, sums2 = (np.empty((parts(x), 3, period, outputs), flat.dtype) for period in (1, v))
         product_loops.graph_and_shift(
             flat, matrix.numpy(), panels[0], bias.flatten().numpy(), _places(weights.source), mask.numpy(),
-            scalar(weights.alpha, x), panels[1], np.zeros(v * outputs, flat.dtype), panels[2], form(x), frames(graph), sums,
-            frames(shift), sums2, frames(others[0]) if others else flat[:0],
+            scalar(weights.alpha, x), panels[1], panels[2], form(x), frames(graph), sums, frames(shift), sums2,
+            frames(others[0]) if others else flat[:0],
         )  # fmt: skip
         found += [of_sums(weights.graph_norm, graph, sums), of_sums(weights.shift_norm, shift, sums2)]
         ctx.save_for_backward(x, graph, shift, matrix, mask)
