@@ -57,6 +57,7 @@ def made(name: str, space: str, weights: dict[str, float], settings: list[str] |
             data_digest="d", key="k", image_size=SIZE if space == "2d" else (0, 0),
         )  # fmt: skip
 
+    torch.manual_seed(0)  # some networks see hardly any difference between recordings
     nets = {stream: lively(build(config.model, LAYOUT[space], CLASSES), len(LAYOUT[space].joints)) for stream in weights}
     return FusedModel(streams={stream: (meta(stream), net) for stream, net in nets.items()}, weights=weights)
 
