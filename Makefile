@@ -25,6 +25,7 @@ test: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.compile
 	$(BIN)/pytest -n 2 --dist loadgroup
 
 bench: $(READY)
