@@ -87,8 +87,7 @@ def branches(x: Normal, weights: Tensor, bias: Tensor, norm: BatchNorm2d, *, dil
     share_threads()
     made: Callable[..., Tensor] = _Branches.apply
     found: list[Statistics] = []
-    reaches = np.array(dilations)
-    y = made(x.statistics, norm, found, reaches, stride, x.x, weights, bias, norm.weight, norm.bias)
+    y = made(x.statistics, norm, found, np.array(dilations), stride, x.x, weights, bias, norm.weight, norm.bias)
     return Normal(y, found[0])
 
 
@@ -206,51 +205,42 @@ class _Branches(torch.autograd.Function):
         b, c, t, v = x.shape
         y = torch.empty(b, c, (t - 1) // stride + 1, v, dtype=x.dtype, memory_format=torch.channels_last)
         affine = statistics.of_frames(c)
-        floors = np.zeros((v, c), affine.dtype)
+        floors, added = np.zeros((v, c), affine.dtype), np.zeros((v, c), affine.dtype)
         floors[:, -(c // 8) :] = -np.inf
-        added = np.zeros((v, c), affine.dtype)
         added[:, : bias.numel()] = bias.cumsum(0).flatten().numpy()
         sums = np.empty((b, 3, 1, c), affine.dtype)
-        ctx.loops = affine, floors.reshape(-1), dilations, form(x), stride
         branch_loops.branches(
-            frames(x), *ctx.loops[:2], _taps(weights.transpose(1, 2)), dilations, added.reshape(-1), *ctx.loops[3:], frames(y), sums
-        )
+            frames(x), affine, floors.reshape(-1), _taps(weights.transpose(1, 2)), dilations, added.reshape(-1), form(x), stride,
+            frames(y), sums,
+        )  # fmt: skip
         found.append(of_sums(norm, y, sums))
         ctx.save_for_backward(x, weights, y)
         ctx.statistics, ctx.own = statistics, found[0]
+        ctx.affine, ctx.floors, ctx.dilations, ctx.stride = affine, floors.reshape(-1), dilations, stride
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         share_threads()
         (x, weights, y), own = ctx.saved_tensors, ctx.own
-        affine, floors, dilations, form, stride = ctx.loops
         terms, dnorm_weight, dnorm_bias = own.terms(y.shape[1])
         dx = like(x)
         panels = _taps(weights)
-        sums = np.empty((len(x), 2, 1, x.shape[1]), affine.dtype)
-        count, taps, split, width, wide = panels.shape
-        dpanels = np.empty((min(len(x), GROUPS), count, taps, split, width + -width % (ROWS // 2), wide), affine.dtype)
+        sums = np.empty((len(x), 2, 1, x.shape[1]), panels.dtype)
+        *tiled, width, wide = panels.shape
+        dpanels = np.empty((min(len(x), GROUPS), *tiled, width + -width % (ROWS // 2), wide), panels.dtype)
         branch_loops.branches_gradients(
-            frames(grads[0]), frames(y), terms.reshape(3, -1), own.last, terms.dtype.type(own.times), frames(x), affine, floors,
-            panels, dilations, form, stride, frames(dx), sums, dpanels,
+            frames(grads[0]), frames(y), terms.reshape(3, -1), own.last, terms.dtype.type(own.times), frames(x), ctx.affine,
+            ctx.floors, panels, ctx.dilations, form(x), ctx.stride, frames(dx), sums, dpanels,
         )  # fmt: skip
         leave(total(sums)[..., : ctx.statistics.mean.shape[1]], [ctx.statistics])
-        return *(None,) * 5, dx, _of_taps(dpanels[..., :width, :]), None, dnorm_weight, dnorm_bias
+        by_tap = tiles.from_panels(torch.from_numpy(dpanels).sum(0)[..., :width, :])
+        return *(None,) * 5, dx, by_tap.permute(0, 2, 3, 1)[..., None], None, dnorm_weight, dnorm_bias
 
 
 def _taps(weights: Tensor) -> Array:
     """Convolutions (J, K, N, taps, 1) as panels (J, taps, P, K, wide) for every frame of theirs, see `ffn.model.tiles`."""
-    count, terms, columns, taps, _ = weights.shape
-    wide = tiles.width(columns, weights.element_size())
-    made: Array = weights.view(count, terms, columns // wide, wide, taps).permute(0, 4, 2, 1, 3).contiguous().numpy()
-    return made
-
-
-def _of_taps(groups: Array) -> Tensor:
-    """The sum of gradients of groups (G, J, taps, P, K, wide) as those of convolutions (J, N, K, taps, 1)."""
-    summed = torch.from_numpy(groups).sum(0).permute(0, 2, 4, 3, 1)
-    return summed.flatten(1, 2)[..., None]
+    return tiles.in_panels(weights[..., 0].permute(0, 3, 1, 2), 2)
 
 
 class _GatheredShift(torch.autograd.Function):

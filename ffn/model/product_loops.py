@@ -14,14 +14,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from ffn.machine import compiled, compiled_in_parallel
-from ffn.model.loops import (
-    add_frames,
-    add_moments,
-    add_powers,
-    gradient_of_frames,
-    piece,
-    sum_of_frames,
-)
+from ffn.model.loops import add_frames, add_moments, add_powers, gradient_of_frames, piece, sum_of_frames
 from ffn.model.tiles import ROWS, accumulate, add_dots, multiply, rows_times, write
 
 Array = NDArray[Any]
@@ -196,15 +189,11 @@ def _of_frames(matrix: Array, x: Array, frames: Any, wide: Any, out: Array) -> N
 
 
 @compiled
-def _shifted(x: Array, source: Array, alpha: Any, mask: Array, frames: Any, out: Array) -> None:
-    """Write x[source] - alpha x, times `mask`, if it has any, of `frames` of `x` (F, V·C) to `out`; `source`: places in a frame."""
+def _shifted(x: Array, source: Array, alpha: Any, frames: Any, out: Array) -> None:
+    """Write x[source] - alpha x of `frames` of `x` (F, V·C) to `out`, `source` being places in a frame."""
     for f in range(frames):
-        if len(mask):
-            for i in range(len(source)):
-                out[f, i] = (x[f, source[i]] - alpha * x[f, i]) * mask[i]
-        else:
-            for i in range(len(source)):
-                out[f, i] = x[f, source[i]] - alpha * x[f, i]
+        for i in range(len(source)):
+            out[f, i] = x[f, source[i]] - alpha * x[f, i]
 
 
 @compiled_in_parallel
@@ -239,7 +228,10 @@ def graph_and_shift(
                 _of_frames(matrix, own, some, min(panels2.shape[2], channels), gathered)
                 multiply(by_joint, some * joints, panels, False, made)
                 written(made, bias, some, at, begin, end, part, local, graph, sums)
-                _shifted(own_frames, source, alpha, mask, some, moved_frames)
+                _shifted(own_frames, source, alpha, some, moved_frames)
+                for f in range(some):
+                    for i in range(len(mask)):
+                        moved_frames[f, i] *= mask[i]
                 multiply(moved, some * joints, panels2, False, made)
                 written(made, bias[:0], some, at, begin, end, part, local2, shift, sums2)
                 if len(residual):
@@ -302,7 +294,7 @@ def graph_and_shift_gradients(
                     add_frames(dz, at, some, summed, 0)
                 gradient_of_frames(dz, shift, terms2, often, at, some, dout_frames, 0)
                 multiply(dout, some * joints, panels2, False, made)
-                _shifted(own_frames, source, alpha, mask[:0], some, shift_frames)
+                _shifted(own_frames, source, alpha, some, shift_frames)
                 for f in range(some):
                     for i in range(entries):
                         dmask[group, i] += made_frames[f, i] * shift_frames[f, i]

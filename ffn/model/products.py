@@ -343,8 +343,9 @@ class _GraphAndShift(torch.autograd.Function):
         )  # fmt: skip
         dmatrix, *dpanels, dbias, dmask = map(_summed, of_groups)
         dmatrix = dmatrix.sum(2)[: len(matrix), :v]
-        dweight, dshift, *dresidual = (tiles.from_panels(each) for each in dpanels if len(each))
-        dothers = [each.view(outputs, c, 1, 1) for each in (dshift, *dresidual)] + [None] * (1 - len(dresidual))
+        dweight, dshift, dresidual = map(tiles.from_panels, dpanels)
+        shape = outputs, c, 1, 1
         return (
-            None, None, dx, dmatrix, dweight.view(ctx.shape), dbias.view(v, outputs), dmask, *dothers, *dgraph_norm, *dshift_norm
+            None, None, dx, dmatrix, dweight.view(ctx.shape), dbias.view(v, outputs), dmask, dshift.view(shape),
+            None if weights.residual is None else dresidual.view(shape), *dgraph_norm, *dshift_norm,
         )  # fmt: skip

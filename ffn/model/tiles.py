@@ -13,6 +13,7 @@ from typing import Any
 
 import llvmlite.binding
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -223,10 +224,9 @@ def _stream_of(typing: Any, a: Any, at_a: Any, out: Any, at_out: Any) -> Any:
         number = context.get_data_type(signature.args[0].dtype)
         itemsize = signature.args[0].dtype.bitwidth // 8
         vector = ir.VectorType(number, VECTOR // itemsize).as_pointer()
-        starts = []
-        for index in (0, 2):
-            array = context.make_array(signature.args[index])(context, builder, arguments[index])
-            starts.append(builder.bitcast(builder.gep(array.data, [arguments[index + 1]]), vector))
+        starts = [
+            builder.bitcast(_start(context, builder, signature, arguments, index, arguments[index + 1]), vector) for index in (0, 2)
+        ]
         stored = builder.store(builder.load(starts[0], align=itemsize), starts[1], align=VECTOR)
         stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
         return context.get_dummy_value()
@@ -345,25 +345,28 @@ def dots(groups: int, rows: int, columns: int, dtype: Any) -> Array:
     return np.zeros((groups, rows + -rows % DOTS[0], columns + -columns % DOTS[1], VECTOR // dtype.itemsize), dtype)
 
 
+def in_panels(matrices: Tensor, batch: int) -> Array:
+    """Matrices (B..., K..., N), of terms K and N columns, with `batch` axes before them, as (B..., P, K..., W)."""
+    wide = width(matrices.shape[-1], matrices.element_size())
+    made: Array = matrices.view(*matrices.shape[:-1], -1, wide).movedim(-2, batch).contiguous().numpy()
+    return made
+
+
 def to_panels(weights: Tensor) -> Array:
     """Weights (N, S, C), of N columns and S·C terms, as panels."""
-    columns, sets, terms = weights.shape
-    wide = width(columns, weights.element_size())
-    made: Array = weights.view(-1, wide, sets, terms).permute(0, 2, 3, 1).flatten(1, 2).contiguous().numpy()
-    return made
+    made = in_panels(weights.permute(1, 2, 0), 0)
+    return made.reshape(len(made), -1, made.shape[-1])
 
 
 def to_transposed(weights: Tensor) -> Array:
     """Weights (N, S, C) the other way round, of S·C columns and N terms, as panels."""
-    terms, sets, columns = weights.shape
-    wide = width(columns, weights.element_size())
-    made: Array = weights.view(terms, sets, -1, wide).permute(1, 2, 0, 3).flatten(0, 1).contiguous().numpy()
-    return made
+    made = in_panels(weights.transpose(0, 1), 1)
+    return made.reshape(-1, *made.shape[2:])
 
 
 def from_panels(panels: Tensor) -> Tensor:
-    """Weights (N, S·C) of their panels."""
-    return panels.transpose(1, 2).flatten(0, 1)
+    """Transposed matrices (..., N, K) of panels (..., P, K, W): as weights lie."""
+    return panels.transpose(-1, -2).flatten(-3, -2)
 
 
 def to_diagonal(blocks: Array) -> Array | None:
@@ -371,11 +374,12 @@ def to_diagonal(blocks: Array) -> Array | None:
     size, itemsize = blocks.shape[1], blocks.itemsize
     if size % (ROWS // 2) or size * itemsize % SIZES[-1]:
         return None
-    wide = width(size, itemsize)
-    return np.ascontiguousarray(blocks.reshape(-1, size, size // wide, wide).swapaxes(1, 2)).reshape(-1, size, wide)
+    made = in_panels(torch.from_numpy(blocks), 1)
+    return made.reshape(-1, *made.shape[2:])
 
 
 def from_diagonal(panels: Array) -> Array:
     """The blocks (G, K, K) of `to_diagonal`."""
     _, size, wide = panels.shape
-    return panels.reshape(-1, size // wide, size, wide).swapaxes(1, 2).reshape(-1, size, size)
+    blocks: Array = from_panels(torch.from_numpy(panels).view(-1, size // wide, size, wide)).transpose(1, 2).numpy()
+    return blocks
