@@ -1,7 +1,7 @@
-"""The pipeline on this machine: every step a process, or a container; MLflow in a file, nothing else to install.
+"""The pipeline on this machine: every step a process; MLflow in a file, nothing else to install.
 
 `kfp.local` runs the graph. Two places of it are replaced while a pipeline runs, because it offers no other way: what
-starts a step's process or container (so that a person reads one line per event, the rest goes to a log file, and an
+starts a step's process (so that a person reads one line per event, the rest goes to a log file, and an
 interrupt ends every step), and where its own logging goes (from which cache hits are read).
 """
 
@@ -31,7 +31,6 @@ from ffn.data.ingest import source_version
 from ffn.errors import FFNError
 from ffn.machine import cores
 from ffn.protocols import require_name
-from pipeline.docker import Containers, container_name, variables
 from pipeline.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,12 +84,11 @@ def run(
     overrides: Sequence[str] = (),
     space: str = "3d",
     name: str = "",
-    image: str = "",
     workspace: Workspace,
 ) -> tuple[str, str]:
     """Run the whole pipeline; returns the run's name and the table of results as Markdown.
 
-    `source` is a path or `s3://BUCKET/NAME`. With an `image` every step is a container of it, else a process.
+    `source` is a path or `s3://BUCKET/NAME`.
 
     Raises `FFNError` for input that does not fit, `StepFailed` where a step failed, KeyboardInterrupt when interrupted.
     """
@@ -102,7 +100,7 @@ def run(
         require_name("--name", name)
     source, version = located(source)
     for path in (workspace.root, source):
-        if "python3" in str(path) and not image:
+        if "python3" in str(path):
             raise FFNError(f"{path}: kfp.local rewrites the text 'python3' in every path; use a folder without it in its name")
     compared = len(presets) * len(seeds) > 1
     inputs = [version, space, *map(list, (presets, seeds, overrides, protocols, streams))]
@@ -113,31 +111,25 @@ def run(
     from pipeline.dag import build
 
     logs = workspace.root / "logs" / name
-    containers = contained(image, workspace, source, logs) if image else None
     threads = max(1, cores() // min(AT_ONCE, len(streams)))
     settings = Settings(
-        image=image or "local-python",
+        image="local-python",
         checkpoints=str(workspace.root / "checkpoints"),
         local=True,
         environment={
-            "FFN_CODE": containers.id if containers else code_digest(),
+            "FFN_CODE": code_digest(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
         },
     )
     pipeline = build(protocols, streams, settings, presets=presets, seeds=seeds)
     kfp_root = workspace.root / "kfp"
-    steps = Steps(
-        logs=logs, cache=kfp_root / "cache", environment=workspace.environment(), compared=compared, containers=containers
-    )
+    steps = Steps(logs=logs, cache=kfp_root / "cache", environment=workspace.environment(), compared=compared)
     with alone(steps.logs, name):
         trained = f"presets {', '.join(presets)} x seeds {', '.join(map(str, seeds))}" if compared else f"preset {presets[0]}"
         print(f"run {name}: {len(protocols)} protocols x {len(streams)} streams, {trained}; logs in {steps.logs}", flush=True)
-        if containers:
-            containers.sweep()
-            print(f"every step a container of {image}, built from commit {containers.commit}", flush=True)
         with steps.watching():
             local.init(
-                runner=local.DockerRunner() if containers else local.SubprocessRunner(use_venv=False),
+                runner=local.SubprocessRunner(use_venv=False),
                 pipeline_root=str(kfp_root),
                 enable_caching=True,
                 cache_root=str(steps.cache),
@@ -163,16 +155,6 @@ def located(source: Path | str) -> tuple[str, str]:
     return str(Path(source).resolve()), source_version(Path(source))
 
 
-def contained(image: str, workspace: Workspace, source: str, logs: Path) -> Containers:
-    """How the run with these `logs` becomes containers. Raises `FFNError` where they would not see MLflow's database."""
-    database = workspace.tracking_uri.removeprefix("sqlite:///")
-    if database != workspace.tracking_uri and not Path(database).resolve().is_relative_to(workspace.root):
-        raise FFNError(f"MLFLOW_TRACKING_URI {workspace.tracking_uri}: containers see the workspace {workspace.root} only")
-    recordings = Path(source) if Path(source).is_absolute() else None
-    workspace.root.mkdir(parents=True, exist_ok=True)
-    return Containers.of(image, workspace=workspace.root, source=recordings, run=str(logs))
-
-
 @contextlib.contextmanager
 def alone(folder: Path, name: str) -> Iterator[None]:
     """Hold the run's lock inside the block. Raises `FFNError` where another process holds it; a killed one does not."""
@@ -195,38 +177,30 @@ class StepFailed(Exception):
 
 @dataclass(kw_only=True)
 class Steps:
-    """The steps' processes, or containers: starts them for kfp.local, speaks of them, ends them."""
+    """The steps' processes: starts them for kfp.local, speaks of them, ends them."""
 
     logs: Path
     cache: Path
     environment: Mapping[str, str]
     compared: bool = False
     """Whether several presets or seeds run, so that a step's label has to name its own."""
-    containers: Containers | None = None
     outputs: dict[str, dict[str, str]] = field(default_factory=dict)
     """Step -> its output artifacts' paths, of those that ran."""
     failed: list[StepFailed] = field(default_factory=list)
     stopped: bool = False
-    _processes: dict["subprocess.Popen[str]", str] = field(default_factory=dict)
-    """Process -> the name of the container whose client it is, if it is one."""
+    _processes: set["subprocess.Popen[str]"] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Inside the block kfp.local starts its processes here and is otherwise silent."""
-        from kfp.local import docker_task_handler, status, subprocess_task_handler
-
-        def contained(handler: Any) -> Any:
-            done = self._start(handler.full_command, handler.env_vars) == 0
-            return status.Status.SUCCESS if done else status.Status.FAILURE
+        from kfp.local import subprocess_task_handler
 
         self.logs.mkdir(parents=True, exist_ok=True)
         self._scratch = self.logs / "tmp"
         self._scratch.mkdir(exist_ok=True)
         self._out = sys.stdout
         root, start = logging.getLogger(), subprocess_task_handler.run_local_subprocess
-        docker = docker_task_handler.DockerTaskHandler
-        start_docker = docker.run
         level = root.level
         in_main = threading.current_thread() is threading.main_thread()
         handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
@@ -234,13 +208,11 @@ class Steps:
         root.addFilter(self._heard)
         root.setLevel(logging.INFO)
         subprocess_task_handler.run_local_subprocess = self._start
-        docker.run = contained
         try:
             with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
                 yield
         finally:
             subprocess_task_handler.run_local_subprocess = start
-            docker.run = start_docker
             builtins.print = speak  # kfp.local indents it, and parallel steps leave it so
             root.removeFilter(self._heard)
             root.setLevel(level)
@@ -263,24 +235,19 @@ class Steps:
         """Stands in for kfp.local's `run_local_subprocess`: the step's exit status."""
         if self.stopped:
             return 128 + signal.SIGTERM
-        name, env = "", {**self._env(), **(env_vars or {})}
-        command = full_command
-        if self.containers:
-            name = container_name()
-            command = self.containers.command(name, full_command, variables({**self._own(), **(env_vars or {})}))
         step = _Task.of(full_command, compared=self.compared)
         log = self.logs / f"{step.label.replace(' ', '-').replace('/', '-')}.log"
         began = time.monotonic()
         self.say(step.label, "started")
         with log.open("w") as everything:
             process = subprocess.Popen(
-                command, env=env, start_new_session=True, text=True,
+                full_command, env={**self._env(), **(env_vars or {})}, start_new_session=True, text=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=everything,
             )  # fmt: skip
             with self._lock:
-                self._processes[process] = name
+                self._processes.add(process)
             if self.stopped:
-                self._end(process, name, signal.SIGTERM)
+                self._end(process, signal.SIGTERM)
             assert process.stdout
             for line in process.stdout:
                 everything.write(line)
@@ -289,7 +256,7 @@ class Steps:
                     self.say(step.label, line.removeprefix("ffn: ").rstrip())
             status = process.wait()
             with self._lock:
-                del self._processes[process]
+                self._processes.remove(process)
         if status:
             failure = StepFailed(
                 step.label, status, KILLED if status in (128 + signal.SIGKILL, -signal.SIGKILL) else last_line(log), log
@@ -322,23 +289,16 @@ class Steps:
         raise KeyboardInterrupt
 
     def _signal(self, number: int) -> None:
-        for process, name in list(self._processes.items()):
-            self._end(process, name, number)
+        for process in list(self._processes):
+            self._end(process, number)
 
-    def _end(self, process: "subprocess.Popen[str]", name: str, number: int) -> None:
-        if self.containers and number == signal.SIGTERM:
-            self.containers.terminate(name)
-            return
+    @staticmethod
+    def _end(process: "subprocess.Popen[str]", number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        if self.containers:
-            self.containers.kill(name)
 
     def _env(self) -> dict[str, str]:
-        return {**os.environ, **self._own()}
-
-    def _own(self) -> dict[str, str]:
-        return {**self.environment, "TMPDIR": str(self._scratch), "PYTHONUNBUFFERED": "1"}
+        return {**os.environ, **self.environment, "TMPDIR": str(self._scratch), "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,5 @@
 """What a step asks of the cluster: image, environment, cache, and where, with what and for how long its pod runs."""
 
-import json
-from typing import Any
-
 from kfp import dsl, kubernetes
 
 from pipeline.settings import Settings
@@ -16,9 +13,6 @@ CACHED_LOCALLY = CACHED | {"train", "fuse"}
 HEAVY = frozenset({"train", "evaluate"})
 THREADS = "OMP_NUM_THREADS"
 """Variable with the threads of a process: left to itself it takes one for every core of the node, whatever its limit is."""
-
-TRAINJOB = "FFN_TRAINJOB"
-"""Variable that tells the train step to launch a TrainJob, and of what: components/train/trainjob.py."""
 
 MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -40,28 +34,9 @@ def place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
         task.set_env_variable(name, value)
     task.set_caching_options(step in (CACHED_LOCALLY if settings.local else CACHED))
     if not settings.local:
-        launches = step == "train" and settings.nodes > 1
-        if launches:
-            task.set_env_variable(TRAINJOB, json.dumps(trainjob(settings), sort_keys=True))
-        _resources(task, settings, step, launches=launches)
+        _resources(task, settings, step)
         _pod(task, settings, step)
     return task
-
-
-def trainjob(settings: Settings) -> dict[str, Any]:
-    """What a training over several nodes asks of its TrainJob."""
-    processes = max(1, settings.gpus)
-    share = {"cpu": settings.cpu, "memory": settings.memory, **({settings.gpu: str(settings.gpus)} if settings.gpus else {})}
-    return {
-        "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": settings.runtime},
-        "trainer": {
-            "image": settings.image,
-            "numNodes": settings.nodes,
-            "numProcPerNode": processes,
-            "resourcesPerNode": {"requests": share, "limits": share},
-            "env": [{"name": THREADS, "value": str(max(1, threads(settings.cpu) // processes))}],
-        },
-    }
 
 
 def threads(cpu: str) -> int:
@@ -69,10 +44,9 @@ def threads(cpu: str) -> int:
     return max(1, int(float(cpu.removesuffix("m")) / (1000 if cpu.endswith("m") else 1)))
 
 
-def _resources(task: dsl.PipelineTask, settings: Settings, step: str, *, launches: bool) -> None:
-    """A step that launches a training of several nodes is light itself, but waits as long as it."""
-    limit = HOUR * (settings.hours if step in HEAVY else settings.light_hours)
-    heavy = step in HEAVY and not launches
+def _resources(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
+    heavy = step in HEAVY
+    limit = HOUR * (settings.hours if heavy else settings.light_hours)
     cpu, memory = (settings.cpu, settings.memory) if heavy else (settings.light_cpu, settings.light_memory)
     task.set_cpu_limit(cpu).set_memory_limit(memory)
     task.set_env_variable(THREADS, str(threads(cpu)))

@@ -82,10 +82,6 @@ class Settings:
     """CPU limit of a light step; half a core is requested."""
     light_memory: str = "8Gi"
     """Memory limit of a light step; 2Gi are requested."""
-    nodes: int = 1
-    """Nodes of one training; of more than one, the step launches a TrainJob of Kubeflow Trainer with a heavy step's share each."""
-    runtime: str = "ffn"
-    """TrainingRuntime of such a TrainJob; it mounts the checkpoints' claim where `checkpoints` says."""
     parallelism: int = 0
     """Streams of a protocol that train at once; 0 for all."""
     retries: int = 2

@@ -33,7 +33,7 @@ UNKNOWN = "RUNTIME_STATE_UNSPECIFIED"
 
 
 class Status(IntEnum):
-    """Exit statuses of `ffn watch` and `ffn submit --watch`; 2 is a mistake to mend, 130 and 143 are Ctrl-C and SIGTERM."""
+    """How `ffn cluster watch` and `submit --watch` end; 2 is a mistake to mend, 130 and 143 are Ctrl-C and SIGTERM."""
 
     SUCCEEDED = 0
     FAILED = 1
@@ -69,7 +69,7 @@ class Pipeline:
 
 
 def load(path: Path, parameters: Mapping[str, object], *, allow_tag: bool = False) -> Pipeline:
-    """The pipeline that `ffn compile` wrote to `path`, with these parameters.
+    """The pipeline that `ffn cluster compile` wrote to `path`, with these parameters.
 
     Raises `FFNError` for a file that is none, a parameter it does not know or lacks, and for an image by tag unless allowed:
     what a retried job or a cached step would get from a tag that has moved is not what was submitted.
@@ -80,9 +80,9 @@ def load(path: Path, parameters: Mapping[str, object], *, allow_tag: bool = Fals
         images = {step["container"]["image"] for step in pipeline["deploymentSpec"]["executors"].values()}
         known = pipeline["root"].get("inputDefinitions", {}).get("parameters", {})
     except OSError as error:
-        raise FFNError(f"{path}: {error.strerror}; `ffn compile --out {path}` writes it") from None
+        raise FFNError(f"{path}: {error.strerror}; `ffn cluster compile --out {path}` writes it") from None
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError):
-        raise FFNError(f"{path}: not a compiled pipeline; `ffn compile --out {path}` writes one") from None
+        raise FFNError(f"{path}: not a compiled pipeline; `ffn cluster compile --out {path}` writes one") from None
     if unknown := sorted(set(parameters) - set(known)):
         raise FFNError(f"{path}: no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     if missing := [
@@ -200,7 +200,7 @@ def follow(server: Server, run: str, *, hours: float, cancel_on_exit: bool, poll
         signal.signal(signal.SIGTERM, before)
     print(f"ffn: {why}", file=sys.stderr)
     if not cancel_on_exit:
-        print(f"ffn: the run goes on; `ffn watch {run}` follows it again", file=sys.stderr)
+        print(f"ffn: the run goes on; `ffn cluster watch {run}` follows it again", file=sys.stderr)
         return status
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from components import say, step, storage, tracking
-from components.train import trainjob
 from ffn import config as configuration
 from ffn import parallel
 from ffn.checkpoint import read_history, read_meta
 from ffn.data.store import SkeletonSet
-from ffn.errors import FFNError
 from ffn.inference import write_fused
 from ffn.plots import learning_curves
 from ffn.training import STATE, Epoch, train, train_key
@@ -42,8 +40,7 @@ def run(
     the same training from going on twice, and twice it gives the same weights.
 
     One process for every GPU, or as many as FFN_PROCESSES says; of those that torchrun started the first alone speaks to
-    MLflow. Where the pipeline was compiled for several nodes, a TrainJob trains and this step follows it; its pods share the
-    folder, which cannot be in an object store then (`FFNError`).
+    MLflow.
 
     Returns what names the checkpoint: preset, protocol, stream, seed.
     """
@@ -55,11 +52,6 @@ def run(
     if parallel.follower():
         fit(state_dir=out.parent)  # where the first process alone has files
         return names
-    job = trainjob.asked()
-    if job and storage.remote(checkpoints):
-        raise FFNError(
-            f"{checkpoints}: a training over several nodes keeps its states on a volume; set FFN_CHECKPOINTS to its folder"
-        )
     with (
         tracking.child(parent, key=key, kind="train", names=names) as track,
         storage.mirrored(checkpoints, f"{key}/{STATE}") as (states, keep),
@@ -82,13 +74,7 @@ def run(
                 f"{epoch.clips_per_second:.0f} clips/s"
             )
 
-        if job:
-            trainjob.train(
-                data, protocol=protocol, stream=stream, config=config, key=key, out=out, state_dir=states,
-                on_epoch=on_epoch, spec=job,
-            )  # fmt: skip
-        else:
-            fit(state_dir=states, on_epoch=on_epoch)
+        fit(state_dir=states, on_epoch=on_epoch)
         history = read_history(out)
         for record in history:  # epochs that ran under another parent, or whose logging a kill cut off
             log(record)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from components.train.trainjob import ASKED
 from ffn.config import STREAMS
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS
@@ -81,7 +80,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_up(monkeypatch)
-        assert main(["compile", "--out", str(path)]) == 0
+        assert main(["cluster", "compile", "--out", str(path)]) == 0
     return path
 
 
@@ -93,7 +92,7 @@ def spec(compiled: Path) -> Spec:
 def test_the_compiled_pipeline_is_the_golden_file(cluster: None, tmp_path: Path) -> None:
     """Of one protocol: the others differ in their name."""
     path = tmp_path / "pipeline.yaml"
-    assert main(["compile", "--protocols", "ntu60-xsub", "--out", str(path)]) == 0
+    assert main(["cluster", "compile", "--protocols", "ntu60-xsub", "--out", str(path)]) == 0
     text = "".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("sdkVersion: "))
     if os.environ.get("FFN_GOLDEN") == "write":
         GOLDEN.write_text(text)
@@ -170,7 +169,7 @@ def test_states_and_recordings_are_volumes_where_they_are_used(spec: Spec) -> No
 def test_states_in_an_object_store_need_no_volume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     set_up(monkeypatch)
     monkeypatch.setenv("FFN_CHECKPOINTS", "s3://states/ffn")
-    assert main(["compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 0
+    assert main(["cluster", "compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 0
     spec = Spec(tmp_path / "pipeline.yaml")
     assert not any("pvcMount" in spec.pods[executor] for step, executor, *_ in spec.tasks() if step == "train")
     assert "s3://states/ffn" in (tmp_path / "pipeline.yaml").read_text()
@@ -179,7 +178,7 @@ def test_states_in_an_object_store_need_no_volume(monkeypatch: pytest.MonkeyPatc
 def test_promotion_may_be_left_to_a_person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     set_up(monkeypatch)
     monkeypatch.setenv("FFN_PROMOTE", "0")
-    assert main(["compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 0
+    assert main(["cluster", "compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 0
     steps = {step for step, *_ in Spec(tmp_path / "pipeline.yaml").tasks()}
     assert "gate" in steps
     assert "promote" not in steps
@@ -239,26 +238,5 @@ def test_a_tag_is_warned_of(
     cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FFN_IMAGE", "registry.example/ffn:latest")
-    assert main(["compile", "--protocols", "p", "--streams", "j", "--out", str(tmp_path / "p.yaml")]) == 0
+    assert main(["cluster", "compile", "--protocols", "p", "--streams", "j", "--out", str(tmp_path / "p.yaml")]) == 0
     assert "ffn: warning: image registry.example/ffn:latest is a tag" in capsys.readouterr().err
-
-
-def test_a_training_of_several_nodes_is_launched_by_a_light_step(
-    cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("FFN_NODES", "4")
-    assert main(["compile", "--protocols", "p", "--streams", "j", "--out", str(tmp_path / "p.yaml")]) == 0
-    spec = Spec(tmp_path / "p.yaml")
-    launcher, evaluating = (spec.executors[f"exec-{step}"]["container"] for step in ("train", "evaluate"))
-    assert "accelerator" not in launcher["resources"]
-    assert "accelerator" in evaluating["resources"]
-    (asked,) = [json.loads(entry["value"]) for entry in launcher["env"] if entry["name"] == ASKED]
-    assert not [entry for entry in evaluating["env"] if entry["name"] == ASKED]
-    assert asked["runtimeRef"] == {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": "ffn"}
-    share = {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "2"}
-    assert asked["trainer"] == {
-        "image": IMAGE, "numNodes": 4, "numProcPerNode": 2, "resourcesPerNode": {"requests": share, "limits": share},
-        "env": [{"name": "OMP_NUM_THREADS", "value": "4"}],
-    }  # fmt: skip
-    assert spec.pods["exec-train"]["activeDeadlineSeconds"] == spec.pods["exec-evaluate"]["activeDeadlineSeconds"]
-    assert {mount["mountPath"] for mount in spec.pods["exec-train"]["pvcMount"]} == {"/mnt/checkpoints"}

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -15,7 +14,6 @@ from kfp import compiler
 from ffn.config import STREAMS
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS
-from pipeline import picture
 from pipeline.cli import main
 from pipeline.dag import build
 from pipeline.settings import Settings
@@ -107,7 +105,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_protocol_that_cannot_name_files_is_not_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compile", "--protocols", "p,a/b", "--out", str(tmp_path / "pipeline.yaml")]) == 2
+    assert main(["cluster", "compile", "--protocols", "p,a/b", "--out", str(tmp_path / "pipeline.yaml")]) == 2
     assert "protocol 'a/b'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -116,7 +114,7 @@ def test_compiling_loads_neither_torch_nor_mlflow(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pipeline.cli import main
-assert main(["compile", "--out", {str(tmp_path / "pipeline.yaml")!r}]) == 0
+assert main(["cluster", "compile", "--out", {str(tmp_path / "pipeline.yaml")!r}]) == 0
 loaded = {{"torch", "mlflow", "pandas", "matplotlib"}} & set(sys.modules)
 assert not loaded, loaded
 """
@@ -128,22 +126,6 @@ def test_imports_go_one_way() -> None:
     from importlinter.cli import lint_imports
 
     assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
-
-
-def test_the_picture_in_the_docs_is_the_compiled_pipeline(tmp_path: Path) -> None:
-    path = tmp_path / "pipeline.yaml"
-    compiled(path, Settings())
-    graph = picture.read(path)
-    drawn: dict[str, set[str]] = {}
-    for group in ElementTree.parse(ROOT / "docs" / "dag.svg").iter("{http://www.w3.org/2000/svg}g"):
-        title = group.find("{http://www.w3.org/2000/svg}title")
-        assert title is not None
-        drawn.setdefault(group.attrib["class"], set()).add(title.text or "")
-    assert drawn["node"] == set(graph.nodes)
-    assert drawn["cluster"] == {f"cluster_{box}" for box in graph.boxes}
-    assert drawn["edge"] == {f"{before} -> {after}" for before, after in graph.edges}
-    assert {"run/ntu60-xsub/streams/train", "run/ntu60-xview", "finish"} <= drawn["node"]
-    assert "run/ntu60-xsub/fuse -> run/ntu60-xsub/register" in drawn["edge"]
 
 
 def test_a_comparison_trains_every_preset_and_seed_and_registers_nothing(tmp_path: Path) -> None:
@@ -161,20 +143,3 @@ def test_a_comparison_trains_every_preset_and_seed_and_registers_nothing(tmp_pat
     assert sorted(trained) == sorted(wanted)
     (begun,) = found["begin"]
     assert (constant(begun, "presets"), constant(begun, "seeds")) == (["S0", "S0-2", "ST-GCN++"], [0, 2])
-
-
-def test_a_protocol_that_does_something_else_is_drawn_on_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "pipeline.yaml"
-    spec = compiled(tmp_path / "whole.yaml", Settings())
-    del spec["components"]["comp-ntu60-xview"]["dag"]["tasks"]["gate"]
-    del spec["components"]["comp-ntu60-xview"]["dag"]["tasks"]["condition-3"]
-    path.write_text(json.dumps(spec))
-    boxes = picture.read(path).boxes
-    assert {"run/ntu60-xsub", "run/ntu60-xview"} <= set(boxes)
-    assert "run/ntu120-xsub" not in boxes
-
-
-def test_a_file_that_is_no_pipeline_is_named(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text("a: [")
-    with pytest.raises(FFNError, match=r"x\.yaml: not a compiled pipeline"):
-        picture.read(tmp_path / "x.yaml")

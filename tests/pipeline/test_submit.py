@@ -389,7 +389,7 @@ def test_submit_and_watch_in_one_command(
 ) -> None:
     at(monkeypatch, FFN_KFP_URL=url + "/", FFN_KFP_UI="https://kfp.example", MLFLOW_TRACKING_URI="http://mlflow")
     fake.states = [look("SUCCEEDED", task(1, "begin", "SUCCEEDED"))]  # type: ignore[assignment]
-    command = ["submit", str(compiled), "--data", "/mnt/data/a", "--set", "training.epochs=3", "--watch"]
+    command = ["cluster", "submit", str(compiled), "--data", "/mnt/data/a", "--set", "training.epochs=3", "--watch"]
     assert main(command) == 0
     out, err = capsys.readouterr()
     (run,) = fake.runs
@@ -403,22 +403,22 @@ def test_submit_and_watch_in_one_command(
     }  # fmt: skip
     assert main([*command, "--data-version", "2"]) == 0
     assert len(fake.runs) == 2
-    assert main(["watch", run["display_name"]]) == 0
+    assert main(["cluster", "watch", run["display_name"]]) == 0
     fake.states = [look("FAILED")]  # type: ignore[assignment]
-    assert main(["watch", run["run_id"]]) == 1
+    assert main(["cluster", "watch", run["run_id"]]) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["submit", "PIPELINE", "--data", "recordings"], "--data recordings: expected an absolute path in the pod"),
-        (["submit", "PIPELINE", "--data", "/a", "--set", "training.epoch=1"], "did you mean training.epochs"),
-        (["submit", "PIPELINE", "--data", "/a", "--name", "a/b"], "--name 'a/b'"),
-        (["submit", "nowhere.yaml", "--data", "/a"], "nowhere.yaml: No such file"),
-        (["watch", "nobody"], "no run nobody in experiment ffn"),
-        (["watch", "8d0d3d54-5a14-4c0c-b6c0-3f3f0e3b9f3a"], "runs 8d0d3d54-5a14-4c0c-b6c0-3f3f0e3b9f3a not found"),
-        (["schedule", "PIPELINE", "--data", "/a", "--name", "n", "--cron", "x"], "--cron 'x'"),
-        (["unschedule", "nothing"], "no schedule nothing"),
+        (["cluster", "submit", "PIPELINE", "--data", "recordings"], "--data recordings: expected an absolute path in the pod"),
+        (["cluster", "submit", "PIPELINE", "--data", "/a", "--set", "training.epoch=1"], "did you mean training.epochs"),
+        (["cluster", "submit", "PIPELINE", "--data", "/a", "--name", "a/b"], "--name 'a/b'"),
+        (["cluster", "submit", "nowhere.yaml", "--data", "/a"], "nowhere.yaml: No such file"),
+        (["cluster", "watch", "nobody"], "no run nobody in experiment ffn"),
+        (["cluster", "watch", "8d0d3d54-5a14-4c0c-b6c0-3f3f0e3b9f3a"], "runs 8d0d3d54-5a14-4c0c-b6c0-3f3f0e3b9f3a not found"),
+        (["cluster", "schedule", "PIPELINE", "--data", "/a", "--name", "n", "--cron", "x"], "--cron 'x'"),
+        (["cluster", "unschedule", "nothing"], "no schedule nothing"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
@@ -436,10 +436,10 @@ def test_a_refusal_and_an_absent_server_have_their_statuses(
 ) -> None:
     at(monkeypatch, FFN_KFP_URL=url, FFN_KFP_TOKEN="wrong")
     fake.token = "right"
-    assert main(["submit", str(compiled), "--data", "/a"]) == Status.REFUSED == 6
+    assert main(["cluster", "submit", str(compiled), "--data", "/a"]) == Status.REFUSED == 6
     assert "see FFN_KFP_TOKEN" in capsys.readouterr().err
     monkeypatch.setattr(Server, "from_environment", lambda: quick(Endpoint(url="http://127.0.0.1:9", ui=""), patience=0.05))
-    assert main(["watch", "demo"]) == Status.UNREACHABLE == 5
+    assert main(["cluster", "watch", "demo"]) == Status.UNREACHABLE == 5
     assert "ffn: error: unreachable: http://127.0.0.1:9: GET experiments" in capsys.readouterr().err
 
 
@@ -447,13 +447,13 @@ def test_schedules_are_listed(
     url: str, fake: FakeKFP, compiled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at(monkeypatch, FFN_KFP_URL=url)
-    assert main(["schedule", str(compiled), "--data", "/mnt/a", "--name", "weekly", "--cron", "0 2 * * 0"]) == 0
+    assert main(["cluster", "schedule", str(compiled), "--data", "/mnt/a", "--name", "weekly", "--cron", "0 2 * * 0"]) == 0
     assert "name" not in fake.recurringruns[0]["runtime_config"]["parameters"]
-    assert main(["schedules"]) == 0
+    assert main(["cluster", "schedules"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == [
         "weekly", "0", "0", "2", "*", "*", "0", "enabled", fake.recurringruns[0]["recurring_run_id"],
     ]  # fmt: skip
-    assert main(["unschedule", "weekly"]) == 0
+    assert main(["cluster", "unschedule", "weekly"]) == 0
     assert fake.recurringruns == []
 
 
@@ -465,7 +465,7 @@ def test_leaving_detaches_or_cancels(
     run, _ = submitted(server, pipeline)
     fake.runs[0]["state"] = "RUNNING"
     env = {name: value for name, value in os.environ.items() if not name.startswith("FFN_")} | {"FFN_KFP_URL": url}
-    command = [sys.executable, "-m", "pipeline.cli", "watch", run, *filter(None, [option])]
+    command = [sys.executable, "-m", "pipeline.cli", "cluster", "watch", run, *filter(None, [option])]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is begun in a shell's background ignores it
     process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     signal.signal(signal.SIGINT, before)
@@ -477,7 +477,7 @@ def test_leaving_detaches_or_cancels(
     _, err = process.communicate(timeout=60)
     assert process.returncode == status
     assert fake.runs[0]["state"] == ("CANCELED" if option else "RUNNING")
-    assert (f"run {run} is asked to end" if option else f"`ffn watch {run}` follows it again") in err
+    assert (f"run {run} is asked to end" if option else f"`ffn cluster watch {run}` follows it again") in err
 
 
 # --- the real contract
@@ -516,7 +516,7 @@ def prism(real_data: Path, tmp_path: Path) -> Iterator[str]:
 def test_every_request_is_as_kfp_describes_it(prism: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole compiled pipeline as a body; prism answers with examples, so that what is found is never ours."""
     monkeypatch.setenv("FFN_IMAGE", IMAGE)
-    assert main(["compile", "--out", str(tmp_path / "p.yaml")]) == 0
+    assert main(["cluster", "compile", "--out", str(tmp_path / "p.yaml")]) == 0
     pipeline = kfp.load(tmp_path / "p.yaml", {"source": "/mnt/data/a", "overrides": ["training.epochs=3"]})
     server = Server(endpoint=Endpoint(url=prism, ui=prism, namespace="team"), patience=20)
     body = {"display_name": "demo", "experiment_id": "e", **pipeline.body, "service_account": "ffn-pipeline"}

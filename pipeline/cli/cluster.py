@@ -1,0 +1,201 @@
+"""`ffn cluster`: the pipeline on Kubeflow Pipelines."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ffn.config import override, preset
+from ffn.errors import FFNError
+from ffn.protocols import require_name
+from pipeline.cli import options
+from pipeline.cli.options import Verbs
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verbs."""
+    added = verbs.add(compile, "the pipeline as YAML for a cluster")
+    options.graph(added)
+    added.add_argument("--out", type=Path, default=Path("pipeline.yaml"))
+
+    added = verbs.add(submit, "run a compiled pipeline on Kubeflow Pipelines")
+    _submission(added)
+    added.add_argument(
+        "--name", default="", help="by default derived from the inputs; a run of that name is taken up, not made again"
+    )
+    added.add_argument(
+        "--retry", action="store_true", help="if the run of that name failed or was cancelled, go on where it stopped"
+    )
+    added.add_argument("--watch", action="store_true", help="and follow it to its end, as `ffn cluster watch` does")
+    _watching(added)
+
+    added = verbs.add(watch, "follow a run on Kubeflow Pipelines to its end")
+    added.add_argument("run", metavar="RUN", help="its id or name")
+    _experiment(added)
+    _watching(added)
+
+    added = verbs.add(schedule, "run a compiled pipeline again and again")
+    _submission(added)
+    added.add_argument("--name", required=True, help="of the schedule; one of that name is replaced")
+    added.add_argument("--cron", required=True, help="minute hour day month weekday, in the server's time zone: '0 2 * * 0'")
+
+    added = verbs.add(schedules, "list the schedules")
+    _experiment(added)
+
+    added = verbs.add(unschedule, "delete a schedule")
+    added.add_argument("name", metavar="NAME")
+    _experiment(added)
+
+
+def compile(given: argparse.Namespace) -> None:
+    """Write the pipeline as YAML for a cluster; FFN_IMAGE, FFN_GPUS and the like say how (see docs/pipeline.md)."""
+    from kfp import compiler
+
+    from pipeline.dag import build
+    from pipeline.settings import Settings
+
+    for protocol in given.protocols:
+        require_name("protocol", protocol)
+    for name in given.presets:
+        preset(name)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = Settings.from_environment()
+    if not settings.pinned:
+        print(
+            f"ffn: warning: image {settings.image} is a tag: KFP's cache does not see it move; name it by digest",
+            file=sys.stderr,
+        )
+    pipeline = build(given.protocols, given.streams, settings, presets=given.presets, seeds=given.seeds)
+    compiler.Compiler().compile(pipeline, str(given.out))
+    print(given.out)
+
+
+def submit(given: argparse.Namespace) -> int:
+    """Submit a compiled pipeline to Kubeflow Pipelines, once: the same command finds the run it made.
+
+    Prints the run's id; FFN_KFP_URL and the like say where (see docs/cluster.md).
+    """
+    from pipeline import submit as kfp
+    from pipeline.server import Server
+
+    server = Server.from_environment()
+    inputs = _inputs(given)
+    name = given.name or f"ffn-{kfp.load(given.pipeline, inputs, allow_tag=True).digest[:8]}"
+    require_name("--name", name)
+    pipeline = kfp.load(given.pipeline, {**inputs, "name": name}, allow_tag=given.allow_tag)
+
+    def work() -> int:
+        run, done = kfp.submit(
+            server, pipeline, name=name, experiment=given.experiment, account=_account(), retry=given.retry
+        )  # fmt: skip
+        print(run["run_id"], flush=True)
+        print(f"ffn: run {name} is {done}", file=sys.stderr)
+        for what, link in kfp.links(server, run):
+            print(f"ffn: {what:<7} {link}", file=sys.stderr)
+        if not given.watch:
+            return 0
+        return kfp.follow(server, run["run_id"], hours=given.hours, cancel_on_exit=given.cancel_on_exit)
+
+    return kfp.told(work)
+
+
+def watch(given: argparse.Namespace) -> int:
+    """Follow a run to its end: 0 it succeeded, 1 failed, 3 cancelled, 4 not done in time, 5 unreachable, 6 we are refused.
+
+    Ctrl-C leaves it running.
+    """
+    from pipeline import submit as kfp
+    from pipeline.server import Server
+
+    server = Server.from_environment()
+
+    def work() -> int:
+        run = kfp.run_id(server, given.run, given.experiment)
+        for what, link in kfp.links(server, server.get(f"runs/{run}")):
+            print(f"ffn: {what:<7} {link}", file=sys.stderr)
+        return kfp.follow(server, run, hours=given.hours, cancel_on_exit=given.cancel_on_exit)
+
+    return kfp.told(work)
+
+
+def schedule(given: argparse.Namespace) -> int:
+    """Put a compiled pipeline on a schedule; the same command again changes nothing, another one replaces it."""
+    from pipeline import submit as kfp
+    from pipeline.server import Server
+
+    server = Server.from_environment()
+    pipeline = kfp.load(given.pipeline, _inputs(given), allow_tag=given.allow_tag)
+
+    def work() -> int:
+        made, done = kfp.schedule(
+            server, pipeline, name=given.name, cron=given.cron, experiment=given.experiment, account=_account()
+        )
+        print(made["recurring_run_id"], flush=True)
+        print(f"ffn: schedule {given.name} is {done}", file=sys.stderr)
+        return 0
+
+    return kfp.told(work)
+
+
+def schedules(given: argparse.Namespace) -> int:
+    """List the schedules of an experiment: name, cron expression (seconds first), state, id."""
+    from pipeline import submit as kfp
+    from pipeline.server import Server
+
+    server = Server.from_environment()
+
+    def work() -> int:
+        for entry in kfp.schedules(server, given.experiment):
+            cron = entry.get("trigger", {}).get("cron_schedule", {}).get("cron", "")
+            print(f"{entry['display_name']:<24} {cron:<20} {entry.get('status', '').lower():<9} {entry['recurring_run_id']}")
+        return 0
+
+    return kfp.told(work)
+
+
+def unschedule(given: argparse.Namespace) -> int:
+    """Delete a schedule; the runs it made stay."""
+    from pipeline import submit as kfp
+    from pipeline.server import Server
+
+    server = Server.from_environment()
+
+    def work() -> int:
+        if not kfp.unschedule(server, given.name, given.experiment):
+            raise FFNError(f"no schedule {given.name} in experiment {given.experiment}")
+        return 0
+
+    return kfp.told(work)
+
+
+def _submission(added: argparse.ArgumentParser) -> None:
+    added.add_argument("pipeline", type=Path, metavar="PIPELINE.yaml", help="what `ffn compile` wrote")
+    added.add_argument("--data", required=True, metavar="SOURCE", help="raw recordings, as the pod of ingest finds them")
+    added.add_argument("--data-version", default="", help="names what lies there now: a date, a digest; another one is read anew")
+    options.space(added)
+    options.settings(added)
+    added.add_argument("--allow-tag", action="store_true", help="submit an image that is not named by digest")
+    _experiment(added)
+
+
+def _experiment(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--experiment", default="ffn", help="of Kubeflow Pipelines; default ffn")
+
+
+def _watching(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--hours", type=float, default=96.0, help="how long to watch; default 96")
+    added.add_argument(
+        "--cancel-on-exit", action="store_true", help="leaving before the end (Ctrl-C, SIGTERM, too late) cancels the run"
+    )
+
+
+def _inputs(given: argparse.Namespace) -> dict[str, object]:
+    """The pipeline's parameters."""
+    override(preset("S4"), given.set)  # the names of settings are those of every preset
+    if not given.data.startswith("/") and "://" not in given.data:
+        raise FFNError(f"--data {given.data}: expected an absolute path in the pod of ingest, such as /mnt/data/x, or a URI")
+    return {"source": given.data, "source_version": given.data_version, "space": given.space, "overrides": given.set}
+
+
+def _account() -> str:
+    return os.environ.get("FFN_SERVICE_ACCOUNT", "ffn-pipeline")
