@@ -10,9 +10,8 @@ from kfp import dsl
 
 from components import wiring
 from pipeline.placement import place
-from pipeline.settings import Settings
+from pipeline.settings import NAME, Settings
 
-NAME = "ffn"
 DEFAULT_PRESET = "S4"
 
 
@@ -38,7 +37,7 @@ def build(
         for seed in seeds
     }
 
-    @dsl.pipeline(name=NAME, description="Raw skeletons to promoted action-recognition models")
+    @dsl.pipeline(name=NAME, description=described(protocols, streams, presets, seeds, settings.image))
     def pipeline(
         source: str,
         name: str = "",
@@ -66,6 +65,14 @@ def build(
                     did.set_display_name(f"{preset}{f' seed{seed}' if len(seeds) > 1 else ''} {protocol}")
 
     return pipeline
+
+
+def described(protocols: Sequence[str], streams: Sequence[str], presets: Sequence[str], seeds: Sequence[int], image: str) -> str:
+    """`S4 · ntu60-xsub · j b jm bm · image sha256:0123`: what tells a pipeline from others in KFP's lists."""
+    parts = [" ".join(presets), " ".join(protocols), " ".join(streams)]
+    if tuple(seeds) != (0,):
+        parts.append(f"seeds {' '.join(map(str, seeds))}")
+    return " · ".join([*parts, f"image {image.rpartition('@')[2]}"])
 
 
 def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: str, seed: int, compared: bool) -> Any:

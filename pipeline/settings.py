@@ -16,6 +16,9 @@ PASSED_ON = (
 )  # fmt: skip
 """Variables a cluster's steps get as they stand in the compiling environment. Secrets are not among them."""
 
+NAME = "ffn"
+"""Of the pipeline."""
+
 DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|[EPTGMK]i?)?")
 
