@@ -13,8 +13,8 @@ from types import FrameType
 from typing import NoReturn
 
 from ffn.errors import FFNError
-from pipeline.pods import Pods
 from pipeline.server import Json, Refused, Server, Unreachable
+from pipeline.workflow import Workflows
 
 POLL_SECONDS = 10.0
 CANCEL_PATIENCE = 20.0
@@ -55,11 +55,11 @@ def watch(
     hours: float,
     poll: float = POLL_SECONDS,
     say: Callable[[str], None] = print,
-    pods: Pods | None = None,
+    workflows: Workflows | None = None,
 ) -> Status:
     """Tell what the run's steps do until it ends, for `hours` at most; how it ended.
 
-    `pods` tell why a step failed or waits: KFP itself does not know. Raises `Unreachable` where the server gives no answer for
+    `workflows` tell why a step failed or waits: KFP itself does not know. Raises `Unreachable` where the server gives no answer for
     longer than its patience, `Refused`, `FFNError` for no such run.
     """
     until = time.monotonic() + 3600 * hours
@@ -76,7 +76,7 @@ def watch(
         spec = spec or _spec(server, now)
         for line in _news(now, spec, told):
             say(line)
-        for trouble in pods.troubles(run) if pods else ():
+        for trouble in workflows.troubles(run) if workflows else ():
             for line in _once(told, f"pod {trouble.pod}", trouble.step, f"{trouble.why}\n{'':<26} {trouble.log}"):
                 say(line)
         if (status := ended(now)) is not None:
@@ -94,12 +94,12 @@ class _Terminated(KeyboardInterrupt):
 
 
 def follow(
-    server: Server, run: str, *, hours: float, cancel_on_exit: bool, poll: float = POLL_SECONDS, pods: Pods | None = None
+    server: Server, run: str, *, hours: float, cancel_on_exit: bool, poll: float = POLL_SECONDS, workflows: Workflows | None = None
 ) -> int:
     """`watch` for a process: its exit status. Left before the run's end, the run goes on, or is cancelled if `cancel_on_exit`."""
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        status: int = watch(server, run, hours=hours, poll=poll, say=lambda line: print(line, flush=True), pods=pods)
+        status: int = watch(server, run, hours=hours, poll=poll, say=lambda line: print(line, flush=True), workflows=workflows)
         if status != Status.TIMED_OUT:
             if status != Status.SUCCEEDED:
                 close(run, Status(status))

@@ -13,8 +13,8 @@ from pipeline.cli import options
 from pipeline.cli.options import Verbs
 
 if TYPE_CHECKING:
-    from pipeline.pods import Pods
     from pipeline.server import Server
+    from pipeline.workflow import Workflows
 
 
 MOST_BOXES = 15
@@ -122,7 +122,7 @@ def submit(given: argparse.Namespace) -> int:
             print(f"ffn: {what:<7} {link}", file=sys.stderr)
         if not given.watch:
             return 0
-        return follow(server, run["run_id"], hours=given.hours, cancel_on_exit=given.cancel_on_exit, pods=_pods(server))
+        return follow(server, run["run_id"], hours=given.hours, cancel_on_exit=given.cancel_on_exit, workflows=_workflows(server))
 
     return told(work)
 
@@ -142,7 +142,7 @@ def watch(given: argparse.Namespace) -> int:
         run = kfp.run_id(server, given.run, given.experiment)
         for what, link in links(server, server.get(f"runs/{run}")):
             print(f"ffn: {what:<7} {link}", file=sys.stderr)
-        return follow(server, run, hours=given.hours, cancel_on_exit=given.cancel_on_exit, pods=_pods(server))
+        return follow(server, run, hours=given.hours, cancel_on_exit=given.cancel_on_exit, workflows=_workflows(server))
 
     return told(work)
 
@@ -257,11 +257,11 @@ def _inputs(given: argparse.Namespace) -> dict[str, object]:
     return {"source": given.data, "source_version": given.data_version, "space": given.space, "overrides": given.set}
 
 
-def _pods(server: "Server") -> "Pods | None":
-    """The runs' pods; None, and a line, where kubectl has no cluster to speak to."""
-    from pipeline.pods import Pods
+def _workflows(server: "Server") -> "Workflows | None":
+    """The runs' workflows; None, and a line, where kubectl has no cluster to speak to."""
+    from pipeline.workflow import Workflows
 
-    found = Pods.reach(server.endpoint.namespace or "kubeflow")
+    found = Workflows.reach(server.endpoint.namespace or "kubeflow")
     if not found:
         print("ffn: no kubeconfig: why a step fails or waits is not told", file=sys.stderr)
     return found
