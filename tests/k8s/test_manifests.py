@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.settings import Settings
 from tests.k8s.conftest import K8S, OVERLAYS, ROOT, Objects, containers, env_file, named, pod, render
 
 KUBERNETES = ("1.31", "1.34", "1.37")
-CUSTOM = {"InferenceService", "TrainingRuntime"}
+CUSTOM = {"InferenceService"}
 """Kinds that Kubernetes has no schema of."""
 RESTRICTED_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 
@@ -34,7 +33,6 @@ def test_what_overlays_hold() -> None:
     assert {("StatefulSet", "postgres"), ("Deployment", "s3")} <= kinds["dev"]
     assert {("Deployment", "serving"), ("ResourceQuota", "ffn-gpus")} <= kinds["prod"]
     assert ("StatefulSet", "postgres") not in kinds["prod"]
-    assert kinds["trainer"] - kinds["prod"] >= {("TrainingRuntime", "ffn"), ("Role", "ffn-trainjobs")}
     assert ("InferenceService", "serving") in kinds["kserve"]
     assert ("Deployment", "serving") not in kinds["kserve"]
     # An API server without the operators of others takes these.
@@ -73,7 +71,7 @@ def test_namespaces_enforce_a_security_standard(objects: Objects) -> None:
 
 def test_containers_are_bounded_and_probed(objects: Objects) -> None:
     for item in objects:
-        if not (made := pod(item)) or item["kind"] == "TrainingRuntime":
+        if not (made := pod(item)):
             continue
         for container in containers(made[1]):
             for what in ("requests", "limits"):
@@ -86,11 +84,11 @@ def test_containers_are_bounded_and_probed(objects: Objects) -> None:
 
 
 def test_production_runs_images_by_digest() -> None:
-    for overlay in ("prod", "kserve", "trainer"):
+    for overlay in ("prod", "kserve"):
         images = {
             container["image"]
             for item in render(K8S / "overlays" / overlay)
-            if item["kind"] != "TrainingRuntime" and (made := pod(item))
+            if (made := pod(item))
             for container in containers(made[1])
         }
         assert len(images) == 1
@@ -168,11 +166,6 @@ def test_who_may_reach_whom() -> None:
     assert not reaches(dev, ("kubeflow", step), ("ffn", {"app.kubernetes.io/name": "postgres"}), 5432)
     for name in ("serving", "serving-follow"):
         assert reaches(prod, ("ffn", pod(named(prod, "Deployment" if name == "serving" else "CronJob", name))[0]), mlflow, 5000)
-    trainer = render(K8S / "overlays" / "trainer")
-    worker = ("kubeflow", pod(named(trainer, "TrainingRuntime", "ffn"))[0])
-    assert reaches(trainer, worker, worker, 29500)
-    assert not reaches(trainer, worker, mlflow, 5000)
-    assert not reaches(trainer, ("kubeflow", step), worker, 29500)
 
 
 def test_secrets_are_named_and_never_kept(objects: Objects, tmp_path: Path) -> None:
@@ -295,21 +288,10 @@ def _peer(peer: dict[str, Any], own: Place, other: Place) -> bool:
     return same and selects(peer.get("podSelector", {}), other[1])
 
 
-def test_the_pods_of_a_trainjob_mount_what_the_steps_mount() -> None:
-    objects = render(K8S / "overlays" / "trainer")
-    _, spec = pod(named(objects, "TrainingRuntime", Settings().runtime))
-    (container,) = spec["containers"]
-    where = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert where == {"checkpoints": Settings().checkpoints, "shm": "/dev/shm", "tmp": "/tmp"}
-    claims = [volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
-    assert claims == [Settings().checkpoints_claim]
-    assert named(objects, "PersistentVolumeClaim", claims[0])
-
-
 def test_all_who_write_to_the_checkpoints_are_of_one_group() -> None:
     """Another fsGroup would hand the volume to another group, and the steps, which have none, would lose it."""
     (user,) = re.findall(r"^USER (\d+):(\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    for item in render(K8S / "overlays" / "trainer"):
+    for item in render(K8S / "overlays" / "prod"):
         if (made := pod(item)) and any("persistentVolumeClaim" in volume for volume in made[1].get("volumes", [])):
             security = made[1]["securityContext"]
             assert [str(security[name]) for name in ("runAsUser", "runAsGroup")] == list(user), item["metadata"]["name"]
