@@ -114,6 +114,25 @@ def test_roles_name_what_they_allow(objects: Objects) -> None:
             assert (item["metadata"]["namespace"], made[1]["serviceAccountName"]) in accounts
 
 
+@pytest.mark.parametrize(
+    ("overlay", "kind", "path"),
+    [
+        ("prod", "Deployment", "/apis/apps/v1/namespaces/ffn/deployments/"),
+        ("kserve", "InferenceService", "/apis/serving.kserve.io/v1beta1/namespaces/ffn/inferenceservices/"),
+    ],
+)
+def test_the_follower_may_change_what_is_served(overlay: str, kind: str, path: str) -> None:
+    """As it is sent: kustomize rewrites names that it takes for a generated ConfigMap's."""
+    objects = render(K8S / "overlays" / overlay)
+    served = named(objects, kind, "serving")
+    (rule,) = named(objects, "Role", "serving-follow")["rules"]
+    assert rule["apiGroups"] == [served["apiVersion"].split("/")[0]]
+    assert rule["resources"] == [f"{kind.lower()}s"]
+    assert rule["resourceNames"] == [served["metadata"]["name"]]
+    (container,) = containers(pod(named(objects, "CronJob", "serving-follow"))[1])
+    assert container["args"][1] == path + rule["resourceNames"][0]
+
+
 def test_only_who_asks_the_cluster_gets_its_token(objects: Objects) -> None:
     mounted = {
         item["metadata"]["name"] for item in objects if (made := pod(item)) and made[1].get("automountServiceAccountToken", True)
