@@ -129,8 +129,11 @@ def test_the_follower_may_change_what_is_served(overlay: str, kind: str, path: s
     assert rule["apiGroups"] == [served["apiVersion"].split("/")[0]]
     assert rule["resources"] == [f"{kind.lower()}s"]
     assert rule["resourceNames"] == [served["metadata"]["name"]]
-    (container,) = containers(pod(named(objects, "CronJob", "serving-follow"))[1])
+    job = named(objects, "CronJob", "serving-follow")
+    (container,) = containers(pod(job)[1])
     assert container["args"][1] == path + rule["resourceNames"][0]
+    # Where policies are enforced a second after a pod's start, its first question gets no answer.
+    assert (job["spec"]["jobTemplate"]["spec"]["backoffLimit"], pod(job)[1]["restartPolicy"]) == (3, "OnFailure")
 
 
 def test_only_who_asks_the_cluster_gets_its_token(objects: Objects) -> None:
