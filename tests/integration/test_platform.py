@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from mlflow import MlflowClient, artifacts
 from mlflow.exceptions import MlflowException, RestException
 
@@ -219,6 +220,40 @@ def test_accounts_part_what_their_holders_may_do(platform: Parts, monkeypatch: p
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another")
     with pytest.raises(MlflowException, match=r"(?i)401|not authenticated"):
         mlflow.search_experiments()
+
+
+def test_pages_post_from_the_addresses_that_are_named(platform: Parts) -> None:
+    """As a browser does: with the page's origin. Once with the settings of the manifests, once with those of docs/operations.md."""
+    settings = platform.settings("mlflow")
+    inside = settings["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+    assert [origin.removeprefix("http://") for origin in inside] == settings["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")[
+        : len(inside)
+    ]
+    own = dict(re.findall(r"- (MLFLOW_SERVER_\w+)=(\S+)", (ROOT / "docs" / "operations.md").read_text()))
+    (outside,), (host, *_) = (
+        own[name].split(",") for name in ("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", "MLFLOW_SERVER_ALLOWED_HOSTS")
+    )
+    account = platform.client()
+    signed_in = (account["MLFLOW_TRACKING_USERNAME"], account["MLFLOW_TRACKING_PASSWORD"])
+
+    def posted(host: str, origin: str) -> int:
+        search = f"{platform.uri}/ajax-api/2.0/mlflow/experiments/search"
+        headers = {"Host": host} | ({"Origin": origin} if origin else {})
+        return requests.post(search, json={"max_results": 1}, headers=headers, auth=signed_in, timeout=30).status_code
+
+    for origin in (*inside, ""):
+        assert posted(inside[0].removeprefix("http://"), origin) == 200, origin
+    assert posted(inside[0].removeprefix("http://"), outside) == 403
+    platform.stop("mlflow")
+    platform.start("mlflow", **own)
+    try:
+        assert [posted(host, origin) for origin in (outside, "", "https://elsewhere.example", "http://mlflow.example")] == [
+            200, 200, 403, 403,
+        ]  # fmt: skip
+        assert posted("elsewhere.example", "") == 403
+    finally:
+        platform.stop("mlflow")
+        platform.start("mlflow")
 
 
 @after_a_run
