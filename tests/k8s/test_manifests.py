@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -310,11 +311,32 @@ def _peer(peer: dict[str, Any], own: Place, other: Place) -> bool:
     return same and selects(peer.get("podSelector", {}), other[1])
 
 
-def test_all_who_write_to_the_checkpoints_are_of_one_group() -> None:
-    """Another fsGroup would hand the volume to another group, and the steps, which have none, would lose it."""
-    (user,) = re.findall(r"^USER (\d+):(\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    for item in render(K8S / "overlays" / "prod"):
-        if (made := pod(item)) and any("persistentVolumeClaim" in volume for volume in made[1].get("volumes", [])):
-            security = made[1]["securityContext"]
-            assert [str(security[name]) for name in ("runAsUser", "runAsGroup")] == list(user), item["metadata"]["name"]
-            assert str(security["fsGroup"]) == user[1], item["metadata"]["name"]
+def test_the_checkpoints_are_proven_writable_for_what_the_steps_are() -> None:
+    """A volume is handed over by a pod with fsGroup, and proven by one that has none, as the steps have none."""
+    users = set(re.findall(r"^USER (\d+):(\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
+    objects = render(K8S / "overlays" / "prod")
+    securities = {
+        item["metadata"]["name"]: made[1]["securityContext"]
+        for item in objects
+        if (made := pod(item)) and any("persistentVolumeClaim" in volume for volume in made[1].get("volumes", []))
+    }
+    assert set(securities) == {"ffn-checkpoints", "ffn-checkpoints-writable"}
+    for security in securities.values():
+        assert {(str(security["runAsUser"]), str(security["runAsGroup"]))} == users
+    assert str(securities["ffn-checkpoints"]["fsGroup"]) == next(iter(users))[1]
+    assert not {"fsGroup", "supplementalGroups"} & set(securities["ffn-checkpoints-writable"])
+
+
+def test_the_proof_fails_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (container,) = pod(named(render(K8S / "overlays" / "prod"), "Job", "ffn-checkpoints-writable"))[1]["containers"]
+    writable = tmp_path / "writable"
+    writable.mkdir()
+
+    def proven(folder: Path) -> "subprocess.CompletedProcess[str]":
+        command = [word.replace("/mnt/checkpoints", str(folder)).replace("seq 600", "seq 1") for word in container["command"]]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert (proven(writable).returncode, list(writable.iterdir())) == (0, [])
+    refused = proven(tmp_path / "missing")
+    assert refused.returncode != 0
+    assert "cannot write to ffn-checkpoints" in refused.stderr
