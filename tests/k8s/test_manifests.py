@@ -115,6 +115,11 @@ def test_roles_name_what_they_allow(objects: Objects) -> None:
             assert (item["metadata"]["namespace"], made[1]["serviceAccountName"]) in accounts
 
 
+def test_a_step_may_ask_which_runs_go_on(objects: Objects) -> None:
+    rules = named(objects, "Role", "ffn-pipeline")["rules"]
+    assert {"apiGroups": ["argoproj.io"], "resources": ["workflows"], "verbs": ["get", "list"]} in rules
+
+
 @pytest.mark.parametrize(
     ("overlay", "kind", "path"),
     [
