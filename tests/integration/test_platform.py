@@ -268,6 +268,33 @@ def test_a_database_that_breaks_is_named_and_taken_up_again(platform: Parts, mon
     assert mlflow.get_run(run.info.run_id).data.params == {"seed": "1"}
 
 
+def test_a_server_waits_for_a_database_that_starts_with_it(platform: Parts) -> None:
+    def preparing(**settings: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            platform.command("prepare"), env=platform.environment("prepare", PYTHONUNBUFFERED="1", **settings),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def waits(process: "subprocess.Popen[str]") -> str:
+        assert process.stdout
+        return next(line for line in process.stdout if line.startswith("waiting"))
+
+    nowhere = preparing(PGHOST="database.invalid")
+    line = waits(nowhere)
+    nowhere.kill()
+    nowhere.communicate()
+    assert re.match(r"waiting for PostgreSQL at database\.invalid:\d+: .*database\.invalid", line)
+    platform.stop("postgres")
+    waiting = preparing()
+    try:
+        line = waits(waiting)
+    finally:
+        platform.start("postgres")
+    assert line.startswith(f"waiting for PostgreSQL at 127.0.0.1:{platform.ports['postgres']}: ")
+    assert waiting.communicate(timeout=120)[0].splitlines()[-1] == "prepared: tables migrated, accounts made"
+    assert waiting.returncode == 0
+
+
 @after_a_run
 def test_keys_that_the_store_does_not_know_are_refused(platform: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = client(platform, monkeypatch)
