@@ -1,22 +1,86 @@
-"""What a step needs, tried: its network library and device, a scratch folder, MLflow and the object store where they are named."""
+"""What a step needs, tried: its network library and device, a scratch folder, MLflow, and in a pod the folders of a run.
 
+`ffn health` tells a person. `python -m pipeline.health` is what `ffn cluster check` runs in a pod: there it also asks what the
+pod's account may do, and leaves one JSON object where whoever may see the pod can read it.
+"""
+
+import contextlib
+import json
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+POD = "KUBERNETES_SERVICE_HOST"
+"""Every pod has it. Elsewhere FFN_CHECKPOINTS and FFN_DATA name folders that are not this machine's."""
+
+POLICY_SECONDS = 3.0
+"""Network rules are enforced up to some seconds after a pod's start, whether they open a way or close it."""
+PATIENCE = 15.0
+"""How long what another machine answers is tried again."""
+
+TERMINATION_LOG = Path("/dev/termination-log")
+SAID = 300
+"""Characters of an answer: Kubernetes keeps 4096 bytes of what a container leaves."""
+
+Part = tuple[str, bool, str]
+"""What, whether it works, what there is to say of it."""
 
 
-def examine() -> list[tuple[str, bool, str]]:
-    """(what, whether it works, what there is to say of it)."""
-    parts = (("torch", _torch), ("scratch", _scratch), ("MLflow", _mlflow), ("store", _store))
-    return [(name, *_tried(part)) for name, part in parts]
+def examine() -> list[Part]:
+    """Every part that a step needs, tried once."""
+    parts = (("torch", _torch), ("scratch", _scratch), ("MLflow", _mlflow), ("states", _states), ("data", _data))
+    return [_tried(name, part) for name, part in parts]
 
 
-def _tried(part: Callable[[], str]) -> tuple[bool, str]:
+def report(rights: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """What a pod tells: `parts` as `examine` has them, MLflow's `version`, and which of the `rights` its account has.
+
+    A right is a `resourceAttributes` of Kubernetes' API; the answers are null where it cannot be asked.
+    """
+    began = time.monotonic()
+    parts = [_tried("torch", _torch), _tried("scratch", _scratch)]
+    time.sleep(max(0.0, began + POLICY_SECONDS - time.monotonic()))
+    allowed: list[bool | None] = [None] * len(rights)
+
+    def kubernetes() -> str:
+        where, allowed[:] = _allowed(rights)
+        return where
+
+    parts += [_patiently("Kubernetes", kubernetes), _patiently("MLflow", _mlflow)]
+    parts += [_patiently("states", _states), _tried("data", _data)]
+    return {
+        "parts": [(name, works, said[:SAID]) for name, works, said in parts],
+        "version": _mlflow_version() if _works(parts, "MLflow") else "",
+        "rights": allowed,
+    }
+
+
+def _works(parts: Sequence[Part], wanted: str) -> bool:
+    return any(works for name, works, _ in parts if name == wanted)
+
+
+def _tried(name: str, part: Callable[[], str]) -> Part:
     try:
-        return True, part()
+        return name, True, part()
     except Exception as error:  # whatever it is, a step would meet it
-        return False, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return name, False, _cause(error)
+
+
+def _patiently(name: str, part: Callable[[], str]) -> Part:
+    until = time.monotonic() + PATIENCE
+    while not (found := _tried(name, part))[1] and time.monotonic() < until:
+        time.sleep(1.0)
+    return found
+
+
+def _cause(error: Exception) -> str:
+    """The first line; of what urllib3 says of its own doings the cause, which comes last."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.rpartition("(Caused by ")[2]
 
 
 def _torch() -> str:
@@ -47,10 +111,82 @@ def _mlflow() -> str:
     return uri.rpartition("@")[2]  # without a password
 
 
-def _store() -> str:
+def _mlflow_version() -> str:
+    """The server's; empty where it is no server, or one that does not tell."""
+    import requests
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri.startswith("http"):
+        return ""
+    account = os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    try:
+        answer = requests.get(f"{uri.rstrip('/')}/version", auth=account if account[0] else None, timeout=10)
+    except requests.RequestException:
+        return ""
+    return answer.text.strip() if answer.ok and len(answer.text) < 40 else ""
+
+
+def _states() -> str:
+    """Where trainings keep the state of every epoch: a store that answers, or in a pod a folder that can be written to."""
     from components import storage
 
-    if not storage.remote(uri := os.environ.get("FFN_CHECKPOINTS", "")):
+    uri = os.environ.get("FFN_CHECKPOINTS", "")
+    if storage.remote(uri):
+        storage.reach(uri)
+        return uri
+    if not uri or POD not in os.environ:
         return "FFN_CHECKPOINTS names none"
-    storage.reach(uri)
-    return uri
+    with _as_we_are(Path(uri)), tempfile.NamedTemporaryFile(dir=uri, prefix=".ffn-check-") as file:
+        file.write(b"x")
+        file.flush()
+        os.fsync(file.fileno())
+    return f"{uri}, written to as {_us()}"
+
+
+def _data() -> str:
+    """Where ingest finds recordings: in a pod, a folder that can be read."""
+    folder = os.environ.get("FFN_DATA", "")
+    if not folder or POD not in os.environ:
+        return "FFN_DATA names none"
+    with _as_we_are(Path(folder)):
+        return f"{folder}, {len(os.listdir(folder))} entries"
+
+
+@contextlib.contextmanager
+def _as_we_are(folder: Path) -> Iterator[None]:
+    """Says of a folder that refuses us whose it is, and who we are."""
+    try:
+        yield
+    except PermissionError:
+        found = folder.stat()
+        owner = f"{found.st_uid}:{found.st_gid}, mode {found.st_mode & 0o7777:o}"
+        raise PermissionError(f"{folder} belongs to {owner}; steps are {_us()}") from None
+
+
+def _us() -> str:
+    return f"{os.getuid()}:{os.getgid()}"
+
+
+def _allowed(rights: Sequence[dict[str, str]]) -> tuple[str, list[bool | None]]:
+    """Where Kubernetes' API answers, and which of the rights our own account has; whoever we are may ask that."""
+    from pipeline.kube import Cluster
+
+    cluster = Cluster.connect()
+    asked = [{"spec": {"resourceAttributes": right}} for right in rights] or [{"spec": {"nonResourceAttributes": {"path": "/"}}}]
+    answers: list[bool | None] = [
+        bool(cluster.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body)["status"].get("allowed"))
+        for body in asked
+    ]
+    return cluster.where, answers[: len(rights)]
+
+
+def main() -> None:
+    """The report, on stdout and where Kubernetes takes it from."""
+    told = json.dumps(report(json.loads(sys.argv[1])))
+    print(told, flush=True)
+    if POD in os.environ:
+        TERMINATION_LOG.write_text(told)
+
+
+if __name__ == "__main__":
+    main()

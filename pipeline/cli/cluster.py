@@ -23,6 +23,8 @@ MOST_BOXES = 15
 
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
+    verbs.add(check, "whether the cluster gives what a run needs, and what to do where it does not")
+
     added = verbs.add(compile, "the pipeline as YAML for a cluster")
     options.graph(added)
     added.add_argument("--out", type=Path, default=Path("pipeline.yaml"))
@@ -58,6 +60,27 @@ def add(verbs: Verbs) -> None:
     added = verbs.add(unschedule, "delete a schedule")
     added.add_argument("name", metavar="NAME")
     _experiment(added)
+
+
+def check(given: argparse.Namespace) -> int:
+    """Look whether the cluster gives what a run needs, one line each, and say the remedy where it does not.
+
+    Reads the same variables as compile and submit, and the kubeconfig; makes one pod as a step's is, and deletes it. Exit status 1
+    where something fails; a warning is none.
+    """
+    from pipeline.check import examine
+    from pipeline.check.finding import State
+    from pipeline.kube import Cluster
+    from pipeline.server import Server
+    from pipeline.settings import Settings
+
+    settings, cluster = Settings.from_environment(), Cluster.connect()
+    namespace = os.environ.get("FFN_KFP_NAMESPACE", "")
+    well = True
+    for finding in examine(cluster, Server.from_environment, settings, namespace=namespace, account=_account()):
+        print(finding.line, flush=True)
+        well &= finding.state is not State.FAILED
+    return 0 if well else 1
 
 
 def compile(given: argparse.Namespace) -> None:

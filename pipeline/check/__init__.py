@@ -1,0 +1,268 @@
+"""Whether a cluster gives what a run needs: one finding for each thing, and for each that fails the remedy.
+
+What judges is a pure function of what Kubernetes' and KFP's APIs said, in their own JSON; `examine` asks them, and goes from what
+a person would mend first to what depends on it. What we may not look at is a warning that names the right.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from ffn.errors import FFNError
+from pipeline import placement, probe
+from pipeline.check.argo import CONFIG, retry_policy
+from pipeline.check.finding import Finding, State, failed, not_seen, warning
+from pipeline.check.names import (
+    account_there,
+    authorities,
+    claim,
+    kfp_version,
+    kubernetes_version,
+    named,
+    namespace_there,
+    profile,
+    pull_secret,
+    secret,
+    shared,
+)
+from pipeline.check.pods import admitted, from_pod, security_level
+from pipeline.check.resources import light_nodes, limit_range, quota, train_nodes, usable
+from pipeline.check.rights import RIGHTS, Right, rights
+from pipeline.kube import Absent, Cluster, Denied, Json
+from pipeline.probe import End
+from pipeline.server import Refused, Server, Unreachable
+from pipeline.settings import Settings
+
+KFP_NAMESPACE = "kubeflow"
+"""Where KFP's manifests put it, and without profiles its runs."""
+KFP_PATIENCE = 10.0
+
+
+def examine(
+    cluster: Cluster, server: Callable[[], Server], settings: Settings, *, namespace: str, account: str
+) -> Iterator[Finding]:
+    """Every finding about a run with these settings, in the namespace where runs live (empty: KFP's own) and with that account.
+
+    `server` is KFP's, or raises `FFNError`. Makes one pod there, and deletes it. Raises `FFNError` where Kubernetes
+    does not answer.
+    """
+    try:
+        yield kubernetes_version(cluster.get("/version"))
+    except Denied as denied:
+        yield not_seen("Kubernetes", str(denied))
+    found, healthz = _kfp(server, namespace)
+    yield from found
+    account = account or ("default-editor" if healthz.get("multi_user") else "pipeline-runner")
+    namespace = namespace or KFP_NAMESPACE
+    inside = f"/api/v1/namespaces/{namespace}"
+
+    blocked = False
+    """Whether a pod like a step's cannot start, by what was found before."""
+    space: Json | None = None
+    try:
+        space = _or_none(cluster, inside)
+        finding = namespace_there(space, namespace)
+        yield finding
+        if finding.state is State.FAILED:
+            return
+    except Denied as denied:
+        yield not_seen(f"Namespace {namespace}", str(denied))
+
+    needs = [_look(cluster, f"{inside}/serviceaccounts/{account}", lambda found: account_there(found, account, namespace))]
+    needs += _names(cluster, inside, settings, namespace)
+    claims = list(_claims(cluster, inside, settings, namespace))
+    for finding in (*needs, *(finding for finding, _ in claims)):
+        blocked |= finding.state is State.FAILED
+        yield finding
+    nodes = _listed_or_none(cluster, "/api/v1/nodes")
+    for finding, held in claims:
+        if held and finding.state is State.OK and held["metadata"]["name"] == settings.checkpoints_claim:
+            yield from shared(held, namespace=namespace, nodes=None if nodes is None else sum(map(usable, nodes)))
+    yield from named(settings)
+    reviewed = _reviewed(cluster, account, namespace)
+    if reviewed:
+        yield from rights(reviewed, account, namespace)
+
+    for kind, judge in (("resourcequotas", quota), ("limitranges", limit_range)):
+        try:
+            items = cluster.get(f"{inside}/{kind}")["items"]
+            limits = [finding for item in items for finding in judge(item, settings, namespace)]
+            yield from limits or [Finding(what=f"No {kind}", said=f"limit what pods of {namespace} ask for")]
+        except Denied as denied:
+            yield not_seen(f"{kind} in {namespace}", str(denied))
+
+    config, where, hidden = _argo(cluster, namespace)
+    if space:
+        yield security_level(space)
+    tolerations = probe.tolerations(settings)
+    for what, make in (("A training's pod", probe.train), ("A light step's pod", probe.ingest)):
+        sent = make(settings, name=probe.name(), account=account, executor=probe.executor(config))
+        try:
+            outcome, made = probe.dry_run(cluster, namespace, sent)
+        except Denied as denied:
+            yield not_seen(what, f"{denied} in {namespace}")
+            blocked = True
+            continue
+        yield from admitted(what, outcome, cluster.warnings, namespace)
+        blocked |= outcome.end is End.REFUSED and make is probe.ingest
+        if make is probe.train and made:
+            tolerations = made["spec"].get("tolerations") or []
+
+    autoscaled = _autoscaled(cluster)
+    if nodes is None:
+        yield not_seen("Nodes", "list nodes")
+    else:
+        yield train_nodes(nodes, settings, tolerations, autoscaled=autoscaled)
+        yield light_nodes(nodes, settings)
+    yield not_seen("Argo's retries", hidden) if hidden else retry_policy(config, where)
+
+    if blocked:
+        yield warning("A pod like a step's", "was not tried, for it could not start", "mend what fails above, then check again")
+        return
+    yield from _in_a_pod(cluster, settings, namespace, account, reviewed=bool(reviewed), autoscaled=autoscaled)
+
+
+def _in_a_pod(
+    cluster: Cluster, settings: Settings, namespace: str, account: str, *, reviewed: bool, autoscaled: bool
+) -> Iterator[Finding]:
+    asked = [] if reviewed else [right.attributes(namespace) for right in RIGHTS]
+    pod = probe.probe(settings, name=probe.name(), account=account, rights=asked)
+    try:
+        outcome = probe.run(cluster, namespace, pod, patience=probe.SECONDS if autoscaled else probe.PLACE_SECONDS)
+    except Denied as denied:
+        yield not_seen("A pod like a step's", f"{denied} in {namespace}")
+        return
+    yield from from_pod(outcome, settings, namespace, autoscaled=autoscaled)
+    answers = outcome.report.get("rights") or []
+    if asked and None not in answers and len(answers) == len(RIGHTS):
+        yield from rights(dict(zip(RIGHTS, answers, strict=True)), account, namespace)
+    elif asked:
+        yield not_seen(f"What ServiceAccount {account} may do", "create subjectaccessreviews")
+
+
+def _kfp(server: Callable[[], Server], given: str) -> tuple[list[Finding], Json]:
+    """Findings of KFP's API, and what its `healthz` said."""
+    what = "Kubeflow Pipelines"
+    try:
+        asked = server()
+        healthz = replace(asked, patience=KFP_PATIENCE).get("healthz")
+        return [kfp_version(healthz, asked.endpoint.url), *profile(healthz, given)], healthz
+    except Unreachable as error:
+        return [failed(what, f"does not answer: {error}", "FFN_KFP_URL; kubectl -n kubeflow get pods -l app=ml-pipeline")], {}
+    except Refused as error:
+        return [failed(what, f"refuses us: {error}", "FFN_KFP_TOKEN, FFN_KFP_TOKEN_FILE or FFN_KFP_COOKIE")], {}
+    except FFNError as error:
+        return [failed(what, f"cannot be asked: {error}", "see docs/cluster.md")], {}
+
+
+def _names(cluster: Cluster, inside: str, settings: Settings, namespace: str) -> list[Finding]:
+    """The Secrets and ConfigMaps that settings name."""
+    found = []
+    for name, keys in ((settings.mlflow_secret, placement.MLFLOW_KEYS), (settings.s3_secret, placement.S3_KEYS)):
+        if name:
+            found.append(_look(cluster, f"{inside}/secrets/{name}", _secret_of(name, namespace, keys)))
+    if name := settings.pull_secret:
+        found.append(
+            _look(cluster, f"{inside}/secrets/{name}", lambda got: pull_secret(got, name=settings.pull_secret, namespace=namespace))
+        )
+    if name := settings.ca:
+        found.append(
+            _look(cluster, f"{inside}/configmaps/{name}", lambda got: authorities(got, name=settings.ca, namespace=namespace))
+        )
+    return found
+
+
+def _secret_of(name: str, namespace: str, keys: Sequence[str]) -> Callable[[Json | None], Finding]:
+    return lambda found: secret(found, name=name, namespace=namespace, keys=keys)
+
+
+def _claims(cluster: Cluster, inside: str, settings: Settings, namespace: str) -> Iterator[tuple[Finding, Json | None]]:
+    """The volume claims that settings name: that of the states, and that of the recordings."""
+    states = "" if settings.checkpoints.startswith("s3://") else settings.checkpoints_claim
+    for name, variable in ((states, "FFN_CHECKPOINTS_CLAIM"), (settings.data_claim, "FFN_DATA_CLAIM")):
+        if not name:
+            continue
+        try:
+            found = _or_none(cluster, f"{inside}/persistentvolumeclaims/{name}")
+            binding = _binding(cluster, found) if found else ""
+            yield claim(found, name=name, namespace=namespace, variable=variable, binding=binding), found
+        except Denied as denied:
+            yield not_seen(f"PersistentVolumeClaim {name} in {namespace}", str(denied)), None
+
+
+def _binding(cluster: Cluster, found: Json) -> str:
+    """When volumes of the claim's class are bound; empty where there is no such class, or none is needed any more."""
+    if found.get("status", {}).get("phase") == "Bound" or not (name := found.get("spec", {}).get("storageClassName")):
+        return ""
+    return str((_or_none(cluster, f"/apis/storage.k8s.io/v1/storageclasses/{name}") or {}).get("volumeBindingMode", ""))
+
+
+def _reviewed(cluster: Cluster, account: str, namespace: str) -> dict[Right, bool]:
+    """What the account may do; nothing where we may not ask for others."""
+    groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
+    found = {}
+    for right in RIGHTS:
+        spec = {
+            "user": f"system:serviceaccount:{namespace}:{account}",
+            "groups": groups,
+            "resourceAttributes": right.attributes(namespace),
+        }
+        try:
+            answer = cluster.post("/apis/authorization.k8s.io/v1/subjectaccessreviews", {"spec": spec})
+        except Denied:
+            return {}
+        found[right] = bool(answer["status"].get("allowed"))
+    return found
+
+
+def _argo(cluster: Cluster, namespace: str) -> tuple[Json | None, str | None, str]:
+    """Argo's configuration and the namespace it was found in; or the right that it takes to see it.
+
+    It is where KFP runs: with profiles, not where runs live.
+    """
+    hidden = ""
+    for where in dict.fromkeys((namespace, KFP_NAMESPACE)):
+        try:
+            if found := _or_none(cluster, f"/api/v1/namespaces/{where}/configmaps/{CONFIG}"):
+                return found, where, ""
+        except Denied as denied:
+            hidden = f"{denied} in {where}"
+    try:
+        items = cluster.get("/api/v1/configmaps", fieldSelector=f"metadata.name={CONFIG}")["items"]
+    except Denied as denied:
+        return None, None, hidden or str(denied)
+    return (items[0], items[0]["metadata"]["namespace"], "") if items else (None, None, "")
+
+
+def _autoscaled(cluster: Cluster) -> bool:
+    """Whether the cluster makes nodes as pods need them, as far as we may see: the cluster autoscaler or Karpenter."""
+    try:
+        if _or_none(cluster, "/api/v1/namespaces/kube-system/configmaps/cluster-autoscaler-status"):
+            return True
+    except Denied:
+        pass
+    try:
+        return bool(cluster.get("/apis/karpenter.sh/v1/nodepools")["items"])
+    except (Denied, Absent):
+        return False
+
+
+def _look(cluster: Cluster, path: str, judge: Callable[[Json | None], Finding]) -> Finding:
+    """What is found of an object that may not be there, or not for us to see."""
+    try:
+        return judge(_or_none(cluster, path))
+    except Denied as denied:
+        return not_seen(judge(None).what, str(denied))
+
+
+def _or_none(cluster: Cluster, path: str) -> Json | None:
+    try:
+        return cluster.get(path)
+    except Absent:
+        return None
+
+
+def _listed_or_none(cluster: Cluster, path: str) -> list[Json] | None:
+    try:
+        return list(cluster.get(path)["items"])
+    except Denied:
+        return None

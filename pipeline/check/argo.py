@@ -1,0 +1,81 @@
+"""What Argo does about a step whose pod dies whole."""
+
+import json
+import shlex
+from collections.abc import Mapping
+
+import yaml
+
+from pipeline.check.finding import Finding, ok, warning
+from pipeline.kube import Json
+
+CONFIG = "workflow-controller-configmap"
+"""Argo's configuration, where KFP runs."""
+
+
+def retry_policy(config: Json | None, namespace: str | None) -> Finding:
+    """Of Argo's configuration: what becomes of a step whose pod dies whole.
+
+    The controller merges `templateDefaults` into every template, those that are no step too; what KFP writes into a step's has a
+    limit and no policy. As KFP ships it the policy is OnError: a pod that is killed for its memory or evicted is Failed and not run
+    again, one that is deleted or invalid is Error and tried `limit` + 1 times on each level of nesting. `Always` with limit 0 gives
+    a step the attempts that KFP wrote, and nothing else any.
+
+    Source: mergedTemplateDefaultsInto, retryStrategy, processNodeRetries, inferFailedReason, workflow/controller/operator.go:4448,
+    :4276, :1102, :1709 of Argo 4.0.5, RetryPolicyActual, pkg/apis/workflow/v1alpha1/workflow_types.go:2295 ("pod deleted" is
+    operator.go:1289); getTaskRetryStrategyFromInput, backend/src/v2/compiler/argocompiler/container.go:667 of KFP 2.17.0, and
+    manifests/kustomize/third-party/argo/base/workflow-controller-configmap-patch.yaml:56.
+    """
+    what = f"Argo's retries ({CONFIG} in {namespace})" if namespace else "Argo's retries"
+    if config is None:
+        return warning(
+            what, f"are not known: no {CONFIG} was found", "ask KFP's administrator for Argo's templateDefaults.retryStrategy"
+        )
+    data = config.get("data") or {}
+    try:
+        defaults = _workflow_defaults(data)
+    except (yaml.YAMLError, AttributeError):
+        return warning(what, "cannot be read", f"kubectl -n {namespace} get configmap {CONFIG} -o yaml")
+    spec = defaults.get("spec") or {}
+    strategy = (spec.get("templateDefaults") or {}).get("retryStrategy") or spec.get("retryStrategy") or {}
+    policy = strategy.get("retryPolicy") or ("Always" if strategy.get("expression") else "OnFailure")
+    limit = str(strategy.get("limit", "0")) if strategy else "0"
+    wrong = []
+    if policy not in ("Always", "OnFailure"):
+        wrong.append(f"with {policy} a step whose pod is killed for its memory is not run again")
+    if policy == "OnFailure":
+        wrong.append("with OnFailure a step whose pod is deleted, as when a node is drained, is not run again")
+    if limit != "0":
+        wrong.append(
+            f"with limit {limit} on every template a pod that is deleted or invalid is tried {limit} times more on every level"
+        )
+    if not wrong:
+        return ok(what, f"run a step whose pod dies again (retryPolicy {policy}, limit {limit})")
+    return warning(
+        what, "; ".join(wrong), f"its administrator decides, for it is everybody's: {_patched(data, defaults, namespace)}"
+    )
+
+
+def _workflow_defaults(data: Mapping[str, str]) -> Json:
+    """Source: parseConfigMap, config/controller.go:35 of Argo 4.0.5: one item `config`, or an item for every key of it."""
+    whole = (
+        yaml.safe_load(data["config"])
+        if "config" in data
+        else {"workflowDefaults": yaml.safe_load(data.get("workflowDefaults", ""))}
+    )
+    found = whole.get("workflowDefaults") or {}
+    found.get("spec")  # raises where it is no mapping
+    return dict(found)
+
+
+def _patched(data: Mapping[str, str], defaults: Json, namespace: str | None) -> str:
+    """The command that changes the retry strategy, and nothing else of what stands in that item."""
+    spec = defaults.get("spec") or {}
+    template = {**(spec.get("templateDefaults") or {}), "retryStrategy": {"limit": "0", "retryPolicy": "Always"}}
+    wanted = {**defaults, "spec": {**spec, "templateDefaults": template}}
+    if "config" in data:
+        item = {"config": yaml.safe_dump({**yaml.safe_load(data["config"]), "workflowDefaults": wanted}, sort_keys=False)}
+    else:
+        item = {"workflowDefaults": yaml.safe_dump(wanted, sort_keys=False)}
+    patch = shlex.quote(json.dumps({"data": item}))
+    return f"kubectl -n {namespace} patch configmap {CONFIG} --type merge -p {patch}"

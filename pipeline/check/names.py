@@ -1,0 +1,168 @@
+"""What a run names: the parts that answer, its namespace and account, Secrets, ConfigMaps, volume claims."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from pipeline import placement
+from pipeline.check.finding import Finding, amount, dots, failed, ok, version_of, warning
+from pipeline.kube import Json
+from pipeline.settings import Settings
+
+KUBERNETES = (1, 31)
+"""The oldest Kubernetes that the manifests are checked against."""
+KFP_PROVEN, KFP_OLDEST = (2, 17), (2, 14)
+"""From 2.14 on a run's exit handler is told how the pipeline ended."""
+
+PULL_KEYS = {"kubernetes.io/dockerconfigjson": ".dockerconfigjson", "kubernetes.io/dockercfg": ".dockercfg"}
+"""Types of Secrets that images are pulled with, and the key of each."""
+
+
+def kubernetes_version(version: Json) -> Finding:
+    """Of `GET /version`."""
+    said = str(version.get("gitVersion", "")).removeprefix("v")
+    if (found := version_of(said)) and found < KUBERNETES:
+        return warning("Kubernetes", f"{said} is older than {dots(KUBERNETES)}", "what is older is not tested")
+    return ok("Kubernetes", said)
+
+
+def kfp_version(healthz: Json, where: str) -> Finding:
+    """Of KFP's `healthz`."""
+    said = str(healthz.get("tag_name", ""))
+    found, what = version_of(said), "Kubeflow Pipelines"
+    if found is None:
+        return warning(what, f"at {where} does not tell its version ({said or 'none'})", f"proven is {dots(KFP_PROVEN)}")
+    if found < KFP_OLDEST:
+        return failed(what, f"{said} does not tell a run's end to `finish`", f"upgrade to {dots(KFP_PROVEN)}")
+    if found[:2] != KFP_PROVEN:
+        return warning(what, f"{said} is not the version that runs were proven on", f"proven is {dots(KFP_PROVEN)}")
+    return ok(what, said)
+
+
+def profile(healthz: Json, given: str) -> Iterator[Finding]:
+    """Whether KFP's runs have the namespace that we look at: with profiles, one that must be named."""
+    if healthz.get("multi_user") and not given:
+        yield failed("Profile", "is not named, and this KFP keeps runs in profiles", "export FFN_KFP_NAMESPACE=<your profile>")
+
+
+def namespace_there(found: Json | None, name: str) -> Finding:
+    """Of the namespace where runs live."""
+    what = f"Namespace {name}"
+    if found is None:
+        return failed(what, "is not there", "kubectl apply -k k8s/runs; FFN_KFP_NAMESPACE names another")
+    if found.get("status", {}).get("phase") == "Terminating":
+        return failed(what, "is being deleted", "wait until it is gone, then kubectl apply -k k8s/runs")
+    return ok(what)
+
+
+def account_there(found: Json | None, name: str, namespace: str) -> Finding:
+    """Of the account that the pods of a run have."""
+    what = f"ServiceAccount {name} in {namespace}"
+    if found is None:
+        return failed(
+            what, "is not there", f"kubectl -n {namespace} apply -f k8s/runs/account.yaml; FFN_SERVICE_ACCOUNT names another"
+        )
+    return ok(what)
+
+
+def named(settings: Settings) -> Iterator[Finding]:
+    """What settings say by themselves."""
+    if not settings.pinned:
+        yield warning("Image", f"{settings.image} is a tag, which may move", "export FFN_IMAGE=...@sha256:...")
+    if not settings.environment.get("MLFLOW_TRACKING_URI"):
+        yield failed(
+            "MLflow", "is not named: every step would keep its run to itself", "export MLFLOW_TRACKING_URI=http://mlflow.ffn:5000"
+        )
+    for variable, limit, resource in (
+        ("FFN_LIGHT_CPU", settings.light_cpu, "cpu"),
+        ("FFN_LIGHT_MEMORY", settings.light_memory, "memory"),
+    ):
+        if amount(limit) < amount(request := placement.LIGHT_REQUEST[resource]):
+            yield failed(
+                variable, f"{limit} is below the {request} that a light step requests", f"export {variable}={request} or more"
+            )
+    if amount(settings.shm) >= amount(settings.memory):
+        yield warning(
+            "FFN_SHM", f"{settings.shm} counts as memory, of which a heavy step has {settings.memory}", "export FFN_SHM=8Gi"
+        )
+    folder = not settings.checkpoints.startswith("s3://")
+    if folder and not settings.checkpoints_claim:
+        yield warning(
+            "FFN_CHECKPOINTS",
+            f"{settings.checkpoints} is a folder of the pod itself, and gone with it",
+            "export FFN_CHECKPOINTS_CLAIM=...",
+        )
+
+
+def secret(found: Json | None, *, name: str, namespace: str, keys: Sequence[str]) -> Finding:
+    """Of a Secret that steps take variables from."""
+    what = f"Secret {name} in {namespace}"
+    if found is None:
+        values = " ".join(f"--from-literal={key}=..." for key in keys)
+        return failed(what, "is not there", f"kubectl -n {namespace} create secret generic {name} {values}")
+    data = found.get("data") or {}
+    if missing := [key for key in keys if not data.get(key)]:
+        patch = json.dumps({"stringData": dict.fromkeys(missing, "...")})
+        return failed(
+            what, f"lacks {' and '.join(missing)}", f"kubectl -n {namespace} patch secret {name} --type merge -p '{patch}'"
+        )
+    return ok(what)
+
+
+def pull_secret(found: Json | None, *, name: str, namespace: str) -> Finding:
+    """Of the Secret that the image is pulled with."""
+    what = f"Secret {name} in {namespace}"
+    made = f"kubectl -n {namespace} create secret docker-registry {name} --docker-server=... --docker-username=..."
+    if found is None:
+        return failed(what, "is not there", made)
+    kind = found.get("type", "")
+    if kind not in PULL_KEYS:
+        return failed(
+            what, f"is of type {kind}, no Secret to pull images with", f"kubectl -n {namespace} delete secret {name}; {made}"
+        )
+    if not (found.get("data") or {}).get(PULL_KEYS[kind]):
+        return failed(what, f"lacks {PULL_KEYS[kind]}", f"kubectl -n {namespace} delete secret {name}; {made}")
+    return ok(what)
+
+
+def authorities(found: Json | None, *, name: str, namespace: str) -> Finding:
+    """Of the ConfigMap with the authorities that MLflow and the store are trusted by."""
+    what = f"ConfigMap {name} in {namespace}"
+    if not ((found or {}).get("data") or {}).get("ca.crt"):
+        made = f"kubectl -n {namespace} create configmap {name} --from-file=ca.crt"
+        return failed(what, "is not there", made) if found is None else failed(what, "lacks ca.crt", f"{made} (delete it before)")
+    return ok(what)
+
+
+def claim(found: Json | None, *, name: str, namespace: str, variable: str, binding: str) -> Finding:
+    """Of a volume claim; `binding` is the volumeBindingMode of its class, empty where there is none."""
+    what = f"PersistentVolumeClaim {name} in {namespace}"
+    if found is None:
+        return failed(
+            what, "is not there", f"kubectl apply -k k8s/runs makes that of k8s/runs/checkpoints.yaml; {variable} names another"
+        )
+    phase, modes = found.get("status", {}).get("phase", ""), found.get("spec", {}).get("accessModes") or []
+    if found["metadata"].get("deletionTimestamp"):
+        return failed(what, "is being deleted", "wait until it is gone, then make it again")
+    if phase == "Lost":
+        return failed(
+            what,
+            "has lost its volume, and what was on it",
+            f"delete it (kubectl -n {namespace} delete pvc {name}) and make it again",
+        )
+    if phase != "Bound" and binding != "WaitForFirstConsumer":
+        looks = f"kubectl -n {namespace} describe pvc {name}; kubectl get storageclass,pv"
+        return failed(what, "is Pending: no volume is bound to it", looks)
+    return ok(what, f"is {phase}, {', '.join(modes)}" + ("" if phase == "Bound" else ", bound by the first pod that mounts it"))
+
+
+def shared(found: Json, *, namespace: str, nodes: int | None) -> Iterator[Finding]:
+    """Of the claim that several trainings write to at once; `nodes` take pods, None where we may not see them."""
+    modes = found.get("spec", {}).get("accessModes") or []
+    if "ReadWriteMany" in modes or (nodes == 1 and "ReadWriteOnce" in modes):
+        return
+    what = f"PersistentVolumeClaim {found['metadata']['name']} in {namespace}"
+    said, remedy = f"is {', '.join(modes)}, and written to by several trainings at once", "a claim with accessModes [ReadWriteMany]"
+    if nodes is None:
+        yield warning(what, f"{said}: how many nodes there are we may not see", remedy)
+    else:
+        yield failed(what, f"{said}, on {nodes} nodes", remedy)
