@@ -252,7 +252,7 @@ def unschedule(given: argparse.Namespace) -> int:
 
 
 def _submission(added: argparse.ArgumentParser) -> None:
-    added.add_argument("pipeline", type=Path, metavar="PIPELINE.yaml", help="what `ffn compile` wrote")
+    added.add_argument("pipeline", type=Path, metavar="PIPELINE.yaml", help="what `ffn cluster compile` wrote")
     added.add_argument("--data", required=True, metavar="SOURCE", help="raw recordings, as the pod of ingest finds them")
     added.add_argument("--data-version", default="", help="names what lies there now: a date, a digest; another one is read anew")
     options.space(added)
