@@ -288,6 +288,13 @@ def parent(run: str) -> Child:
     return Child(id=found.info.run_id, client=client)
 
 
+def present() -> str:
+    """The parent run of the pipeline run that this process is a step of, found from outside; empty where it is of none."""
+    run = os.environ.get("FFN_RUN") or cluster.run()
+    found = _parent(MlflowClient(), run) if run else None
+    return str(found.info.run_id) if found else ""
+
+
 def close_dead(where: str, state: Callable[[str], str]) -> list[str]:
     """Close the parents at the place `where` whose pipeline run has ended without closing them; their names.
 

@@ -57,7 +57,7 @@ def build(
             )  # fmt: skip
             place(begun, settings)
             run = begun.output
-            ingested = place(wiring.ingest(source=source, source_version=source_version, space=space, parent=run), settings)
+            ingested = place(wiring.ingest(source=source, source_version=source_version, space=space), settings).after(begun)
             for (protocol, preset, seed), box in boxes.items():
                 did = box(data=ingested.outputs["data"], overrides=overrides, parent=run)
                 did.set_caching_options(False)

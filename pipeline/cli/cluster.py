@@ -97,8 +97,10 @@ def compile(given: argparse.Namespace) -> None:
         require_name("protocol", protocol)
     for name in given.presets:
         preset(name)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    if given.out.suffix not in (".yaml", ".yml"):
+        raise FFNError(f"--out {given.out}: expected a name that ends with .yaml")
     settings = Settings.from_environment()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     if not settings.pinned:
         print(
             f"ffn: warning: image {settings.image} is a tag: KFP's cache does not see it move; name it by digest",
