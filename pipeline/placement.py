@@ -48,6 +48,7 @@ def place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
         task.set_env_variable(name, value)
     task.set_caching_options(step in (CACHED_LOCALLY if settings.local else CACHED))
     if not settings.local:
+        task.set_env_variable("FFN_IMAGE", settings.image)  # what a run says it was made by
         _resources(task, settings, step)
         _pod(task, settings, step)
     return task
