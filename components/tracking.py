@@ -25,6 +25,7 @@ import mlflow
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -46,7 +47,14 @@ RUN, KEY, KIND, PARENT = "ffn.run", "ffn.key", "ffn.step", "mlflow.parentRunId"
 """Tags: the name of the pipeline run (on the parent), what a child was made from, what it did, whose child it is."""
 
 PYFUNC = Path(__file__).parent / "register" / "pyfunc.py"
-SERVING_REQUIREMENTS = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
+SERVING_REQUIREMENTS = ("mlflow", "numba", "numpy", "pandas", "pyarrow", "safetensors", "torch")
+"""What the code of a registered model imports, and no more: `ffn.inference` and what it leads to (numba's loops prepare the clips,
+pyarrow is imported beside the configuration of sets), `register/pyfunc.py` with pandas.
+
+llvmlite is imported too, but numba asks for the one version that fits it. MLflow is whole, not mlflow-skinny: `mlflow models
+serve` needs its server, and it brings pandas and pyarrow anyway.
+"""
+
 SAMPLING_SECONDS = 5.0
 """Between two samples of the system metrics."""
 
@@ -169,7 +177,7 @@ class Child:
                 signature=signature,
                 input_example=example,
                 code_paths=[str(Path(ffn.__file__).parent)],
-                pip_requirements=[f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in SERVING_REQUIREMENTS],
+                pip_requirements=[pinned(name) for name in SERVING_REQUIREMENTS],
             )
         self.client.update_run(self.id, "RUNNING")
         self.tag("ffn.model", logged.model_uri)
@@ -293,6 +301,8 @@ class Version:
     name: str
     number: str
     tags: Mapping[str, str]
+    run: str = ""
+    """Id of the MLflow run that registered it."""
 
     @property
     def uri(self) -> str:
@@ -311,7 +321,7 @@ def register(name: str, model: str, *, key: str, run: str, tags: Mapping[str, st
     # A server refuses a logged model as the source unless its id is said too; a database takes it.
     model_id = model.removeprefix("models:/") if model.startswith("models:/m-") else None
     made = found[0] if found else client.create_model_version(name, model, run_id=run, tags={KEY: key, **tags}, model_id=model_id)
-    return Version(name=name, number=str(made.version), tags=dict(made.tags))
+    return _version(made)
 
 
 def version(name: str, *, number: str = "", alias: str = "") -> Version | None:
@@ -323,7 +333,7 @@ def version(name: str, *, number: str = "", alias: str = "") -> Version | None:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-    return Version(name=name, number=str(found.version), tags=dict(found.tags))
+    return _version(found)
 
 
 def at(uri: str) -> Version:
@@ -357,6 +367,15 @@ def download(version: Version) -> Path:
     return Path(mlflow.artifacts.download_artifacts(version.uri)) / "artifacts" / "fused"
 
 
+def pinned(package: str) -> str:
+    """The installed version of `package` as a requirement: `torch==2.13.0`.
+
+    Without the local part that names a build (`+cpu`, `+cu130`): one index has 2.13.0+cpu, another 2.13.0 alone, and the pin
+    without it fits both. Which build is right is for the machine that loads the model.
+    """
+    return f"{package}=={importlib.metadata.version(package).split('+')[0]}"
+
+
 def csv(rows: Iterable[Iterable[object]]) -> str:
     """Rows as comma-separated text."""
     text = io.StringIO()
@@ -387,3 +406,7 @@ def _parent(client: MlflowClient, name: str) -> str | None:
 def _injected_parent(client: MlflowClient) -> str | None:
     run_id = os.environ.get("MLFLOW_RUN_ID")
     return str(client.get_run(run_id).data.tags.get(PARENT, run_id)) if run_id else None
+
+
+def _version(found: ModelVersion) -> Version:
+    return Version(name=str(found.name), number=str(found.version), tags=dict(found.tags), run=str(found.run_id or ""))
