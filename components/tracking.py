@@ -9,10 +9,12 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from csv import writer as csv_writer
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,9 +37,10 @@ from numpy.typing import NDArray
 
 import ffn
 from ffn.checkpoint import Checkpoint
+from ffn.config import suggest
 from ffn.data.store import SkeletonSet
 from ffn.errors import FFNError
-from ffn.report import Result
+from ffn.report import Result, in_order
 from ffn.scores import Metrics
 
 if TYPE_CHECKING:
@@ -45,6 +48,16 @@ if TYPE_CHECKING:
 
 RUN, KEY, KIND, PARENT = "ffn.run", "ffn.key", "ffn.step", "mlflow.parentRunId"
 """Tags: the name of the pipeline run (on the parent), what a child was made from, what it did, whose child it is."""
+
+LINEAGE: Mapping[str, str] = {
+    "git_commit": "mlflow.source.git.commit",
+    "image": "ffn.image",
+    "kfp_run": "ffn.kfp_run",
+    "kfp_url": "ffn.kfp_url",
+    "data_digest": "ffn.data_digest",
+    "pipeline_version": "ffn.pipeline_version",
+}
+"""Where a model comes from: tag of a registered version -> tag of the pipeline run that made it."""
 
 PYFUNC = Path(__file__).parent / "register" / "pyfunc.py"
 SERVING_REQUIREMENTS = ("mlflow", "numba", "numpy", "pandas", "pyarrow", "safetensors", "torch")
@@ -63,6 +76,10 @@ MOST_RUNS = 50_000
 
 PARAM_LENGTH = 6000
 """The longest parameter value MLflow takes."""
+
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+LONGEST_ERROR = 600
+"""What of MLflow's own words is shown to a person."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +320,9 @@ class Version:
     tags: Mapping[str, str]
     run: str = ""
     """Id of the MLflow run that registered it."""
+    registered: datetime | None = None
+    aliases: tuple[str, ...] = ()
+    """Only where `history` or `find` read it: MLflow keeps them with the model, and says none of its versions."""
 
     @property
     def uri(self) -> str:
@@ -408,5 +428,93 @@ def _injected_parent(client: MlflowClient) -> str | None:
     return str(client.get_run(run_id).data.tags.get(PARENT, run_id)) if run_id else None
 
 
-def _version(found: ModelVersion) -> Version:
-    return Version(name=str(found.name), number=str(found.version), tags=dict(found.tags), run=str(found.run_id or ""))
+def _version(found: ModelVersion, aliases: Iterable[str] = ()) -> Version:
+    return Version(
+        name=str(found.name), number=str(found.version), tags=dict(found.tags), run=str(found.run_id or ""),
+        registered=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC), aliases=tuple(sorted(aliases)),
+    )  # fmt: skip
+
+
+def lineage(parent: str) -> dict[str, str]:
+    """Tags for a version that the pipeline run `parent` made: what it says of `LINEAGE`, its name and id; none without a run."""
+    if not parent:
+        return {}
+    run = MlflowClient().get_run(parent)
+    said = {name: run.data.tags[tag] for name, tag in LINEAGE.items() if run.data.tags.get(tag)}
+    return {**said, "run": str(run.info.run_name), "mlflow_run": parent}
+
+
+def models() -> dict[str, dict[str, str]]:
+    """Registered model -> its aliases -> the number of the version that each names."""
+    found = MlflowClient().search_registered_models(max_results=1000)
+    return {model.name: {alias: str(number) for alias, number in model.aliases.items()} for model in found}
+
+
+def history(name: str, aliases: Mapping[str, str]) -> list[Version]:
+    """The versions of the model `name`, newest first, each with those of the model's `aliases` that name it."""
+    found = MlflowClient().search_model_versions(f"name = '{name}'")
+    made = [_version(one, (alias for alias, number in aliases.items() if number == str(one.version))) for one in found]
+    return sorted(made, key=lambda version: int(version.number), reverse=True)
+
+
+def find(text: str, *, alias: str = "") -> Version:
+    """The version that `NAME/NUMBER` or `NAME@ALIAS` names, with or without `models:/` before it; `NAME` alone means `alias`.
+
+    Raises `FFNError` where it reads otherwise, or where there is no such version, with the names that are near.
+    """
+    said = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/([0-9]+)|@([^/@]+))?", text)
+    name, number, alias = (said[1], said[2], said[3] or alias) if said else ("", "", "")
+    if not number and not alias:
+        raise FFNError(f"{text}: expected a version, as ffn-PROTOCOL/NUMBER or ffn-PROTOCOL@ALIAS")
+    known = models()
+    require_model(name, known)
+    if not number and alias not in known[name]:
+        raise FFNError(f"{name}: no alias {alias!r}: {suggest(alias, known[name]) if known[name] else 'it has none'}")
+    wanted, versions = str(int(number or known[name][alias])), history(name, known[name])
+    found = next((version for version in versions if version.number == wanted), None)
+    if not found:
+        numbers = ", ".join(version.number for version in versions)
+        raise FFNError(f"{name}: no version {wanted}: {f'expected one of {numbers}' if numbers else 'it has none'}")
+    return found
+
+
+def require_model(name: str, known: Collection[str]) -> None:
+    """Raise `FFNError` where `name` is none of the `known` models, with those that are near."""
+    if name not in known:
+        near = suggest(name, known) if known else "there are none; `ffn run` makes some"
+        raise FFNError(f"no model {name!r} registered in {mlflow.get_registry_uri()}: {near}")
+
+
+def read(version: Version, path: str) -> str:
+    """The text of one file of the version's model. Raises `FFNError` where it cannot be read."""
+    try:
+        return str(mlflow.artifacts.load_text(f"{version.uri}/{path}"))
+    except Exception as error:  # MLflow's, or that of whichever store keeps its artifacts
+        raise FFNError(f"{version.uri}: {path} cannot be read: {' '.join(str(error).split())[:LONGEST_ERROR]}") from None
+
+
+def measured(version: Version) -> dict[str, float]:
+    """Stream or fusion -> held-out top1, as the pipeline run that made the version measured it; nothing where it is not known."""
+    try:
+        parent = version.tags.get("mlflow_run") or MlflowClient().get_run(version.run).data.tags.get(PARENT, "")
+        found = results(parent) if parent else []
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "INVALID_PARAMETER_VALUE"):
+            raise
+        return {}
+    wanted = (version.tags.get("protocol"), version.tags.get("preset"))
+    return {result.stream: result.top1 for result in in_order(found) if (result.protocol, result.preset) == wanted}
+
+
+@contextlib.contextmanager
+def asked_by_a_person() -> Iterator[None]:
+    """Inside the block an MLflow that refuses or does not answer is an `FFNError`, after seconds; a step waits for minutes."""
+    ours = RETRIES not in os.environ
+    os.environ.setdefault(RETRIES, "2")
+    try:
+        yield
+    except MlflowException as error:
+        raise FFNError(f"MLflow at {mlflow.get_tracking_uri()}: {' '.join(str(error).split())[:LONGEST_ERROR]}") from None
+    finally:
+        if ours:
+            del os.environ[RETRIES]
