@@ -24,7 +24,6 @@ from cryptography.x509.oid import NameOID
 from mlflow import MlflowClient
 
 from components import storage
-from components.begin.step import run as begin
 from components.ingest.step import run as ingest
 from components.train import step as train_step
 from ffn.checkpoint import read_meta
@@ -34,6 +33,7 @@ from ffn.data.synth import write_ntu
 from ffn.errors import FFNError
 from ffn.training import train as fit
 from tests.components.conftest import TINY
+from tests.components.test_tracking import begun
 
 KEY, SECRET = "an-access-key", "a-secret-key"
 RCLONE = shutil.which("rclone", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -459,13 +459,13 @@ def test_a_store_that_goes_away_does_not_end_the_training(
 def test_a_training_goes_on_from_a_state_in_a_store(
     server: Server, store: MlflowClient, toy: SkeletonSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parent = begin(name="demo", source="toy", source_version="1", space="3d", presets=["S4"], seeds=[0], overrides=TINY)
+    parent = begun(source_version="1", overrides=TINY)
     said: list[str] = []
 
     def train(out: Path) -> None:
         train_step.run(
             data=toy.path, protocol="p", stream="j", preset="S4", seed=0, overrides=TINY, checkpoints="s3://bucket/states",
-            parent=parent, out=out,
+            parent=parent, checkpoint=out,
         )  # fmt: skip
 
     def killed(text: str) -> None:
@@ -494,6 +494,7 @@ def test_recordings_are_ingested_from_a_store(server: Server, store: MlflowClien
     digests = []
     for source in (tmp_path / "raw", "s3://bucket/raw.zip"):
         out = tmp_path / f"{len(digests)}.arrow"
-        digests.append(ingest(source=source, source_version=str(source), space="3d", parent="", out=out)["digest"])
+        made = ingest(source=source, source_version=str(source), space="3d", data=out, report=tmp_path / "report.md")
+        digests.append(made["digest"])
     assert digests[0] == digests[1]
     assert SkeletonSet.open(out).provenance["source"] == "raw.zip"
