@@ -61,7 +61,7 @@ ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=gpu-dependencies /opt/ffn /opt/ffn
 COPY --from=application /application /opt/ffn
 RUN --mount=type=tmpfs,target=/tmp --mount=type=bind,source=image,target=/image \
-    sh /image/openmp.sh && python /image/compiler.py
+    sh /image/openmp.sh && python /image/compiler.py && python -m ffn.precompile
 USER 65532:65532
 ARG COMMIT=unknown
 ENV FFN_COMMIT=${COMMIT}
@@ -71,7 +71,7 @@ FROM runtime AS cpu
 COPY --from=cpu-dependencies /opt/ffn /opt/ffn
 COPY --from=application /application /opt/ffn
 RUN --mount=type=tmpfs,target=/tmp --mount=type=bind,source=image/openmp.sh,target=/openmp.sh \
-    sh /openmp.sh
+    sh /openmp.sh && python -m ffn.precompile
 USER 65532:65532
 ARG COMMIT=unknown
 ENV FFN_COMMIT=${COMMIT}
