@@ -1,11 +1,14 @@
 """What of this machine a process may use: its cores, and code compiled for them."""
 
+import atexit
 import ctypes
 import functools
 import importlib
 import math
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,62 @@ def keep_memory() -> None:
         return
     for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 2**26)):
         mallopt(option, value)
+
+
+LEVELS = {
+    "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+    "x86-64-v3": ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"),
+}
+"""Processors that code is compiled for ahead, the best first, each with what it can and the next cannot."""
+
+FEATURES = "-prefer-256-bit"
+"""What LLVM is told of them beside their names: to use whole vectors of 64 bytes, which the first that had them were slow at."""
+
+SHIPPED = Path(__file__).with_name("compiled")
+"""Code that was compiled when an image was built, a folder for each level; a checkout has none (ffn/precompile.py)."""
+
+
+def level() -> str | None:
+    """The best of `LEVELS` that this processor is of."""
+    from llvmlite import binding
+
+    able = binding.get_host_cpu_features()
+    names = list(LEVELS)
+    fits = (all(able.get(one) for name in names[place:] for one in LEVELS[name]) for place in range(len(names)))
+    return next((name for name, fit in zip(names, fits, strict=True) if fit), None)
+
+
+def wide_vectors() -> bool:
+    """Whether code is compiled for vectors of 64 bytes, not 32."""
+    import numba
+    from llvmlite import binding
+
+    _take_shipped()
+    target = numba.config.CPU_NAME  # type: ignore[attr-defined]  # None: this very processor
+    return target == "x86-64-v4" if target else bool(binding.get_host_cpu_features().get("avx512f"))
+
+
+@functools.cache
+def _take_shipped() -> None:
+    """In an image, take code that was compiled when it was built: numba compiles for the level then, not for this very processor.
+
+    numba takes no folder that it cannot write to, and the image's belongs to root and may be read-only: it gets one of its own
+    with links to what is there.
+    """
+    import numba
+
+    folder = SHIPPED / (level() or "none")
+    if numba.config.CACHE_DIR or not folder.is_dir():  # type: ignore[attr-defined]
+        return
+    try:
+        own = tempfile.mkdtemp(prefix="ffn-compiled-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        shutil.copytree(folder, own, copy_function=os.symlink, dirs_exist_ok=True)
+    except OSError as error:
+        print(f"loops are compiled anew: {error}", file=sys.stderr, flush=True)
+        return
+    numba.config.CACHE_DIR = own  # type: ignore[attr-defined]
+    numba.config.CPU_NAME, numba.config.CPU_FEATURES = folder.name, FEATURES  # type: ignore[attr-defined]
 
 
 _REORDERED = {"contract", "reassoc", "nsz"}
@@ -96,6 +155,7 @@ def _prefer_openmp() -> None:
 def _compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     from numba import njit
 
+    _take_shipped()
     every: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}} | settings
     try:
         made: Callable[..., Any] = njit(function, cache=True, **every)

@@ -11,7 +11,6 @@ vectors.
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
@@ -20,10 +19,10 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffn.machine import compiled
+from ffn.machine import compiled, wide_vectors
 
 Array = NDArray[Any]
-_WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+_WIDE = wide_vectors()
 VECTOR = 64 if _WIDE else 32
 """Bytes of a vector."""
 ROWS = 8 if _WIDE else 4

@@ -200,6 +200,11 @@ def test_the_pods_run_in_their_image(platform: Parts) -> None:
         probe = [word.replace(":8080", f":{port}") for word in serving["readinessProbe"]["exec"]["command"]]
         ready = subprocess.run(["docker", "exec", running[-1], *probe], capture_output=True, text=True)
         assert (ready.returncode, ready.stderr) == (0, "")
+        for name, container in zip(running, (server, serving), strict=True):
+            wait, told = container["lifecycle"]["preStop"]["exec"]["command"][-1].split("; ")
+            assert re.fullmatch(r"sleep \d+", wait)
+            subprocess.run(["docker", "exec", name, "sh", "-c", told], check=True)
+            subprocess.run(["docker", "wait", name], capture_output=True, timeout=20)
     finally:
         for name in running:
             subprocess.run(["docker", "rm", "--force", name], capture_output=True)

@@ -84,6 +84,18 @@ def test_containers_are_bounded_and_probed(objects: Objects) -> None:
                 assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container), container["name"]
 
 
+def test_mlflows_servers_are_told_to_end() -> None:
+    """As the first process of a container `mlflow` ignores SIGTERM, and the pod would be killed after its whole grace."""
+    for overlay in ("prod", "kserve"):
+        made = [pod(item) for item in render(K8S / "overlays" / overlay)]
+        servers = [
+            container for _, spec in filter(None, made) for container in spec["containers"] if container.get("livenessProbe")
+        ]
+        assert len(servers) == 2
+        for container in servers:
+            assert container["lifecycle"]["preStop"]["exec"]["command"][-1].endswith("; kill -s TERM -- -1"), container["name"]
+
+
 def test_production_runs_images_by_digest() -> None:
     for overlay in ("prod", "kserve"):
         images = {
