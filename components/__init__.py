@@ -1,4 +1,4 @@
-"""The steps of the pipeline: `step.py` is the work in plain Python, `component.py` its wiring."""
+"""The steps of the pipeline: each one's `step.py` is the work in plain Python, `wiring.py` what KFP sees of them."""
 
 import functools
 import signal
@@ -22,8 +22,21 @@ def say(text: str) -> None:
     print(f"ffn: {text}", flush=True)
 
 
+class Mistake(SystemExit):
+    """What a person can mend ended the step: it was said on stderr, and is this exception's text."""
+
+    STATUS = 2
+
+    def __init__(self, said: str) -> None:
+        super().__init__(self.STATUS)
+        self.said = said
+
+    def __str__(self) -> str:
+        return self.said
+
+
 def step(run: Callable[P, R]) -> Callable[P, R]:
-    """`run` as the main function of a process: what a person can mend is one line on stderr and exit status 2.
+    """`run` as the main function of a process: what a person can mend is one line on stderr and a `Mistake`, exit status 2.
 
     SIGTERM (an evicted pod, an interrupted local run) unwinds the step, so that its MLflow run is closed.
     """
@@ -36,7 +49,7 @@ def step(run: Callable[P, R]) -> Callable[P, R]:
             return run(*args, **kwargs)
         except FFNError as error:
             print(f"ffn: error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            raise Mistake(str(error)) from None
         finally:
             if in_main:
                 signal.signal(signal.SIGTERM, before)

@@ -2,6 +2,9 @@
 
 The only place where a step touches MLflow. Everything is found again by its tags, so that a step which runs twice
 continues what it began. The server is the one `MLFLOW_TRACKING_URI` names.
+
+A process that is killed leaves its run RUNNING. Whatever begins or ends next closes it: the next attempt of the same work, the
+end of the pipeline run, or the beginning of the next pipeline run at the same place.
 """
 
 import contextlib
@@ -9,22 +12,28 @@ import importlib.metadata
 import io
 import json
 import os
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from csv import writer as csv_writer
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+# KFP's MLflow plugin, where an administrator has it on, names a run of its own making to every step: never ours.
+# Source: KFP 2.17.0, backend/src/v2/common/plugins/mlflow/handler.go:141.
+os.environ.pop("MLFLOW_RUN_ID", None)
+os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
 
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -33,6 +42,7 @@ from mlflow.types.schema import Map
 from numpy.typing import NDArray
 
 import ffn
+from components import cluster
 from ffn.checkpoint import Checkpoint
 from ffn.data.store import SkeletonSet
 from ffn.errors import FFNError
@@ -43,7 +53,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RUN, KEY, KIND, PARENT = "ffn.run", "ffn.key", "ffn.step", "mlflow.parentRunId"
-"""Tags: the name of the pipeline run (on the parent), what a child was made from, what it did, whose child it is."""
+"""Tags: which pipeline run it is (on the parent: KFP's id, or the name on one machine), what a child was made from, what it did,
+whose child it is."""
+
+WHERE, ATTEMPT, FAILED = "ffn.where", "ffn.attempt", "ffn.failed."
+"""Tags: where the pipeline run goes on, which beginning of it a run was last opened in, and on the parent why a step ended for good
+(the step's label follows)."""
+
+ERROR, POD, NOTE = "ffn.error", "ffn.pod", "mlflow.note.content"
+"""Tags of a child that failed: why, and in which pod. The note is what MLflow shows first."""
+
+COMMIT = "mlflow.source.git.commit"
+LINEAGE: Mapping[str, str] = {
+    "git_commit": COMMIT,
+    "image": "ffn.image",
+    "kfp_run": "ffn.kfp_run",
+    "kfp_url": "ffn.kfp_url",
+    "data_digest": "ffn.data_digest",
+    "pipeline_version": "ffn.pipeline_version",
+}
+"""Where a model comes from: tag of a registered version -> tag of every run that led to it."""
+
+ENDED_TEXT = 2000
+"""The most that is kept of an error's text."""
 
 PYFUNC = Path(__file__).parent / "register" / "pyfunc.py"
 SERVING_REQUIREMENTS = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
@@ -64,15 +96,20 @@ class Child:
     id: str
     client: MlflowClient
 
+    @classmethod
+    def of(cls, run_id: str) -> Self:
+        """The run of that id."""
+        return cls(id=run_id, client=MlflowClient())
+
     def page(self) -> str:
-        """Where MLflow's interface lists this run and its like; on this machine where the store is a database.
+        """This run in MLflow's interface, where a person's browser finds it; on this machine where the store is a database.
 
         The interface begins with its view of language models unless the address says otherwise.
         """
-        uri = mlflow.get_tracking_uri()
+        uri = os.environ.get("FFN_MLFLOW_UI") or mlflow.get_tracking_uri()
         server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
         experiment = self.client.get_run(self.id).info.experiment_id
-        return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+        return f"{server}/#/experiments/{experiment}/runs/{self.id}?workflowType=machine_learning"
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log parameters; one that was logged before keeps its first value."""
@@ -140,9 +177,23 @@ class Child:
         self.client.set_tag(self.id, name, value)
 
     @property
+    def status(self) -> str:
+        """RUNNING, FINISHED, FAILED or KILLED."""
+        return str(self.client.get_run(self.id).info.status)
+
+    @property
     def open(self) -> bool:
         """Whether the run is going on."""
-        return bool(self.client.get_run(self.id).info.status == "RUNNING")
+        return self.status == "RUNNING"
+
+    @property
+    def name(self) -> str:
+        return str(self.client.get_run(self.id).info.run_name)
+
+    def facts(self) -> dict[str, str]:
+        """What was asked of a pipeline run, and where it comes from, by plain names."""
+        run = self.client.get_run(self.id)
+        return {**run.data.params, **{name: run.data.tags[tag] for name, tag in LINEAGE.items() if tag in run.data.tags}}
 
     def model(self, folder: Path, meta: Checkpoint, example: NDArray[np.float32]) -> str:
         """Log the fused model in `folder` as one pyfunc and return its URI; a run has one model, however often it is logged.
@@ -184,19 +235,38 @@ class Child:
         return next((str(model.model_uri) for model in logged if model.status == LoggedModelStatus.READY), None)
 
 
-def begin(name: str, inputs: Mapping[str, object], facts: Mapping[str, object] | None = None) -> str:
-    """The parent run of the pipeline run called `name`, with its `facts`: found by its tag, or else created. Returns its id.
+def begin(
+    run: str,
+    inputs: Mapping[str, object],
+    facts: Mapping[str, object] | None = None,
+    *,
+    name: str = "",
+    where: str = "",
+    resumes: str = "",
+    tags: Mapping[str, str] | None = None,
+) -> str:
+    """The parent run of the pipeline run `run`, with its `facts` and `tags`: found by its tag, or else created. Returns its id.
 
-    Where KFP's MLflow plugin made a run for this pipeline run and injected it, that one is the parent. Raises `FFNError`
-    where the run called `name` was begun with other inputs, and leaves it as it is.
+    `run` is KFP's id of it, on one machine its name; `name` is what people read. A pipeline run that `resumes` another one
+    which did not finish takes up that one's parent. What an earlier beginning left open is closed.
+
+    Raises `FFNError` where the run was begun with other inputs, and leaves it as it is.
     """
     client = MlflowClient()
-    injected = _injected_parent(client)
-    found = injected or _parent(client, name)
-    if found and not injected:
-        _require_equal(name, client.get_run(found).data.params, inputs)
-    run_id = found or client.create_run(_experiment(client), run_name=name).info.run_id
-    client.set_tag(run_id, RUN, name)
+    found = _parent(client, run) or (_unfinished(client, resumes) if resumes else None)
+    if found:
+        _require_equal(found.info.run_name, found.data.params, inputs)
+    run_id = found.info.run_id if found else client.create_run(_experiment(client), run_name=name or run).info.run_id
+    # A cluster may run this step twice for one pipeline run, which began once; on one machine each time is a beginning.
+    again = bool(where and found and found.data.tags.get(RUN) == run)
+    attempt = found.data.tags[ATTEMPT] if found and again else uuid.uuid4().hex[:12]
+    if found and not again:
+        _end_children(client, found)
+        for tag in found.data.tags:
+            if tag.startswith(FAILED):
+                client.delete_tag(run_id, tag)
+    said = {RUN: run, ATTEMPT: attempt, **({WHERE: where} if where else {}), **(tags or {})}
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in said.items() if value])
     client.update_run(run_id, "RUNNING")
     Child(id=run_id, client=client).params({**inputs, **(facts or {})})
     return str(run_id)
@@ -209,13 +279,97 @@ def _require_equal(name: str, known: Mapping[str, str], inputs: Mapping[str, obj
             raise FFNError(f"run {name!r} was begun with {what} {theirs!r}, now it is {ours!r}; choose another --name")
 
 
-def parent(name: str) -> Child:
-    """The parent run called `name`. Raises `FFNError` where there is none."""
+def parent(run: str) -> Child:
+    """The parent run of the pipeline run `run`. Raises `FFNError` where there is none."""
     client = MlflowClient()
-    run_id = _injected_parent(client) or _parent(client, name)
-    if not run_id:
-        raise FFNError(f"no pipeline run called {name!r} in {mlflow.get_tracking_uri()}")
-    return Child(id=run_id, client=client)
+    found = _parent(client, run)
+    if not found:
+        raise FFNError(f"no pipeline run {run!r} in {mlflow.get_tracking_uri()}")
+    return Child(id=found.info.run_id, client=client)
+
+
+def close_dead(where: str, state: Callable[[str], str]) -> list[str]:
+    """Close the parents at the place `where` whose pipeline run has ended without closing them; their names.
+
+    `state` tells what MLflow should say of a pipeline run: RUNNING, FINISHED, FAILED or KILLED.
+    """
+    client = MlflowClient()
+    still = f"attributes.status = 'RUNNING' and tags.`{WHERE}` = '{where}'"
+    closed = []
+    for run in client.search_runs([_experiment(client)], still, max_results=MOST_RUNS):
+        ended = state(run.data.tags[RUN]) if PARENT not in run.data.tags else "RUNNING"
+        if ended != "RUNNING":
+            end(run.info.run_id, ended)
+            closed.append(str(run.info.run_name))
+    return closed
+
+
+def end(parent_id: str, state: str) -> str:
+    """End the parent and all its children; returns how: `state`, or FAILED where it says FINISHED and a piece of work did not.
+
+    `state` is FINISHED, FAILED or KILLED, or empty where the children alone can say. Children that are open lost their process and
+    are KILLED. What failed in an earlier beginning and was not needed again (other data, say) leaves a finished run: MLflow
+    keeps it among the deleted ones.
+    """
+    client = MlflowClient()
+    run = client.get_run(parent_id)
+    now, before = _end_children(client, run)
+    if state in ("FINISHED", ""):
+        state = "FAILED" if now else "FINISHED"
+    if state == "FINISHED":
+        for child in before:
+            client.delete_run(child.info.run_id)
+    client.set_terminated(parent_id, state)
+    return state
+
+
+def _end_children(client: MlflowClient, parent: Run) -> tuple[list[Run], list[Run]]:
+    """End open children as KILLED; the children that did not finish: of the parent's present attempt, and of earlier ones."""
+    found = _children(client, parent.info.run_id, also=" and attributes.status != 'FINISHED'")
+    for child in found:
+        if child.info.status == "RUNNING":
+            client.set_terminated(child.info.run_id, "KILLED")
+    now = [child for child in found if child.data.tags.get(ATTEMPT) == parent.data.tags.get(ATTEMPT)]
+    return now, [child for child in found if child not in now]
+
+
+def record_failure(parent: str, label: str, said: str) -> None:
+    """Write on the parent run why the step `label` ended for good, and in which pod."""
+    pod = cluster.pod()
+    MlflowClient().set_tag(parent, FAILED + label, f"{said}{f' (pod {pod})' if pod else ''}"[:ENDED_TEXT])
+
+
+def failure(parent: str, label: str) -> str:
+    """Why the step `label` ended for good in this beginning of the pipeline run; empty where it did not."""
+    return str(MlflowClient().get_run(parent).data.tags.get(FAILED + label, ""))
+
+
+def failures(parent_id: str) -> dict[str, str]:
+    """Step -> why it failed: what steps wrote down, and the children that were killed without a word."""
+    client = MlflowClient()
+    run = client.get_run(parent_id)
+    found = {tag.removeprefix(FAILED): why for tag, why in run.data.tags.items() if tag.startswith(FAILED)}
+    now, _ = _end_children(client, run)
+    for child in now:
+        kind, name = child.data.tags.get(KIND, "step"), child.info.run_name
+        if not any(label in (f"{kind} {name}", name) or label.endswith(f" {name}") for label in found):
+            found[name if name == kind else f"{kind} {name}"] = child.data.tags.get(ERROR) or LOST
+    return found
+
+
+LOST = "its process was killed without a word: for want of memory, with its node, or by hand"
+
+
+def lineage(parent: str) -> dict[str, str]:
+    """Version tag -> value: what the parent run knows of where its models come from; nothing without a parent."""
+    tags = MlflowClient().get_run(parent).data.tags if parent else {}
+    return {**{name: tags[tag] for name, tag in LINEAGE.items() if tag in tags}, **({"mlflow_run": parent} if parent else {})}
+
+
+def note(parent: str, tags: Mapping[str, str]) -> None:
+    """Set tags of the parent run, if there is one."""
+    if parent:
+        MlflowClient().log_batch(parent, tags=[RunTag(key, value) for key, value in tags.items()])
 
 
 @contextlib.contextmanager
@@ -225,29 +379,38 @@ def child(parent: str, *, key: str, kind: str, name: str = "", names: Mapping[st
     It is called `name`, or by its `names`, which become its tags. An empty `parent` gives a run without one.
     """
     client = MlflowClient()
-    experiment = client.get_run(parent).info.experiment_id if parent else _experiment(client)
+    above = client.get_run(parent) if parent else None
+    experiment = above.info.experiment_id if above else _experiment(client)
     wanted = f"tags.`{KEY}` = '{key}'" + (f" and tags.`{PARENT}` = '{parent}'" if parent else "")
     found = client.search_runs([experiment], wanted, max_results=1)
+    tags = {tag: above.data.tags[tag] for tag in (ATTEMPT, *LINEAGE.values()) if above and tag in above.data.tags}
+    tags |= {POD: pod} if (pod := cluster.pod()) else {}
     if found:
         run_id = found[0].info.run_id
+        client.log_batch(run_id, tags=[RunTag(tag, value) for tag, value in tags.items()])
+        for tag in {ERROR, NOTE} & set(found[0].data.tags):
+            client.delete_tag(run_id, tag)
         client.update_run(run_id, "RUNNING")
     else:
-        tags = {f"ffn.{what}": value for what, value in (names or {}).items()}
+        tags |= {f"ffn.{what}": value for what, value in (names or {}).items()}
         tags |= {KEY: key, KIND: kind, **({PARENT: parent} if parent else {})}
         run_id = client.create_run(experiment, run_name=name or title(names or {}), tags=tags).info.run_id
     monitor = SystemMetricsMonitor(run_id, sampling_interval=SAMPLING_SECONDS, samples_before_logging=1, resume_logging=bool(found))
     monitor.start()
-    state = "FINISHED"
+    state, why = "FINISHED", ""
     try:
         yield Child(id=run_id, client=client)
-    except Exception:
-        state = "FAILED"
+    except Exception as error:
+        state, why = "FAILED", str(error) if isinstance(error, FFNError) else f"{type(error).__name__}: {error}"
         raise
     except BaseException:
         state = "KILLED"
         raise
     finally:
         monitor.finish()
+        if why:
+            said = {ERROR: why[:ENDED_TEXT], NOTE: f"**Failed**: {why[:ENDED_TEXT]}"}
+            client.log_batch(run_id, tags=[RunTag(tag, value) for tag, value in said.items()])
         client.set_terminated(run_id, state)
 
 
@@ -262,28 +425,45 @@ def title(names: Mapping[str, str]) -> str:
     return "/".join([*(value for what, value in names.items() if what != "seed"), *([f"seed{seed}"] if seed != "0" else [])])
 
 
+def _children(client: MlflowClient, parent_id: str, *, also: str = "") -> list[Run]:
+    experiment = client.get_run(parent_id).info.experiment_id
+    wanted = f"tags.`{PARENT}` = '{parent_id}'{also}"
+    return list(client.search_runs([experiment], wanted, max_results=MOST_RUNS, order_by=["attributes.start_time ASC"]))
+
+
+def pictures(parent_id: str) -> dict[str, dict[str, bytes]]:
+    """Child that has figures -> name of one (`confusion`, `learning_curves`) -> PNG; a figure that cannot be had is left out."""
+    client = MlflowClient()
+    found: dict[str, dict[str, bytes]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for child in _children(client, parent_id):
+            for name in ("confusion", "learning_curves") if child.data.tags.get(KIND) in ("train", "fuse") else ():
+                try:
+                    path = client.download_artifacts(child.info.run_id, f"figures/{name}.png", folder)
+                except (MlflowException, OSError):
+                    continue
+                found.setdefault(str(child.info.run_name), {})[name] = Path(path).read_bytes()
+    return found
+
+
+def versions(parent_id: str) -> "list[Version]":
+    """The versions that a pipeline run registered, or found registered."""
+    client = MlflowClient()
+    made = _children(client, parent_id, also=f" and tags.`{KIND}` = 'register'")
+    said = [(run.data.params.get("model"), run.data.metrics.get("version")) for run in made]
+    found = [version(name, number=str(int(number))) for name, number in said if name and number]
+    return [one for one in found if one]
+
+
 def results(parent_id: str) -> list[Result]:
     """What every child that was measured gave; one that was measured twice counts once, as it was measured last."""
-    client = MlflowClient()
-    experiment = client.get_run(parent_id).info.experiment_id
-    runs = client.search_runs(
-        [experiment], f"tags.`{PARENT}` = '{parent_id}'", max_results=MOST_RUNS, order_by=["attributes.start_time ASC"]
-    )
     found: dict[tuple[str, ...], Result] = {}
-    for run in runs:
+    for run in _children(MlflowClient(), parent_id):
         said = tuple(run.data.tags.get(f"ffn.{what}") for what in ("preset", "protocol", "stream", "seed"))
         if all(said) and "top1" in run.data.metrics:
             preset, protocol, stream, seed = said
             found[said] = Result(preset=preset, protocol=protocol, stream=stream, seed=int(seed), top1=run.data.metrics["top1"])
     return list(found.values())
-
-
-def outcome(parent_id: str) -> str:
-    """`FINISHED` where every child is, else `FAILED`."""
-    client = MlflowClient()
-    experiment = client.get_run(parent_id).info.experiment_id
-    others = f"tags.`{PARENT}` = '{parent_id}' and attributes.status != 'FINISHED'"
-    return "FAILED" if client.search_runs([experiment], others, max_results=1) else "FINISHED"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,12 +558,13 @@ def _experiment(client: MlflowClient) -> str:
         return str(client.get_experiment_by_name(name).experiment_id)
 
 
-def _parent(client: MlflowClient, name: str) -> str | None:
-    quoted = name.replace("'", "")
+def _parent(client: MlflowClient, run: str) -> Run | None:
+    quoted = run.replace("'", "")
     found = client.search_runs([_experiment(client)], f"tags.`{RUN}` = '{quoted}'", max_results=1)
-    return str(found[0].info.run_id) if found else None
+    return found[0] if found else None
 
 
-def _injected_parent(client: MlflowClient) -> str | None:
-    run_id = os.environ.get("MLFLOW_RUN_ID")
-    return str(client.get_run(run_id).data.tags.get(PARENT, run_id)) if run_id else None
+def _unfinished(client: MlflowClient, run: str) -> Run | None:
+    """The parent that the pipeline run `run` was the last to work for, unless that finished."""
+    found = _parent(client, run)
+    return found if found and found.info.status != "FINISHED" else None

@@ -1,9 +1,11 @@
 """What of this machine a process may use: its cores, and code compiled for them."""
 
 import ctypes
-import importlib.util
+import functools
+import importlib
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,11 +74,23 @@ def compiled_in_parallel(function: Callable[..., Any]) -> Callable[..., Any]:
     Where they can be the threads are OpenMP's, those torch computes on: others would compete for the cores with them, which
     go on waiting for a while after each operator.
     """
-    if importlib.util.find_spec("numba.np.ufunc.omppool"):
-        import numba
-
-        numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # made when numba starts
+    _prefer_openmp()
     return _compiled(function, parallel=True)
+
+
+@functools.cache
+def _prefer_openmp() -> None:
+    """Have numba take OpenMP's threads where they can be loaded; a library that they need may be missing, as in slim images."""
+    import numba
+
+    try:
+        importlib.import_module("numba.np.ufunc.omppool")
+    except ModuleNotFoundError:  # numba was built without them
+        return
+    except ImportError as error:
+        print(f"compiled loops without OpenMP's threads: {error}", file=sys.stderr, flush=True)
+        return
+    numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # made when numba starts
 
 
 def _compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:

@@ -8,23 +8,11 @@ from typing import Any
 
 from kfp import dsl
 
-from components.begin.component import begin
-from components.evaluate.component import evaluate
-from components.finish.component import finish
-from components.fuse.component import fuse
-from components.gate.component import gate
-from components.ingest.component import ingest
-from components.promote.component import promote
-from components.register.component import register
-from components.train.component import train
+from components import wiring
 from pipeline.placement import place
-from pipeline.settings import Settings
+from pipeline.settings import NAME, Settings
 
-NAME = "ffn"
 DEFAULT_PRESET = "S4"
-
-JOB = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
-"""What KFP calls the run: the name of one that was given none, as those of a schedule are."""
 
 
 def build(
@@ -34,42 +22,57 @@ def build(
     *,
     presets: Sequence[str] = (DEFAULT_PRESET,),
     seeds: Sequence[int] = (0,),
+    version: str = "",
 ) -> Any:
-    """The pipeline for these protocols and streams, ready to be compiled or called.
+    """The pipeline for these protocols and streams, ready to be compiled or called; `version` is what its runs say they are of.
 
     Several presets or seeds make it a comparison: each trains on its own, the report sets them beside one another, and no
     model is registered, for the best of several by held-out accuracy would be chosen on the held-out samples.
     """
     compared = len(presets) * len(seeds) > 1
-    boxes = [
-        _box(protocol, streams, settings, preset=preset, seed=seed, compared=compared)
+    boxes = {
+        (protocol, preset, seed): _box(protocol, streams, settings, preset=preset, seed=seed, compared=compared)
         for protocol in protocols
         for preset in presets
         for seed in seeds
-    ]
+    }
 
-    @dsl.pipeline(name=NAME, description="Raw skeletons to promoted action-recognition models")
+    @dsl.pipeline(name=NAME, description=described(protocols, streams, presets, seeds, settings.image))
     def pipeline(
         source: str,
         name: str = "",
         source_version: str = "",
         space: str = "3d",
         overrides: list[str] = [],  # noqa: B006
+        resumes: str = "",
     ) -> None:
-        end = place(finish(name=name, job=JOB), settings)
-        with dsl.ExitHandler(end, name="run"):
-            begun = begin(
-                name=name, job=JOB, source=source, source_version=source_version, space=space,
+        # What a pipeline run is found by: KFP's id of it, whatever it is called; on one machine its name.
+        job = name if settings.local else dsl.PIPELINE_JOB_ID_PLACEHOLDER
+        end = place(wiring.finish(job=job), settings).set_display_name("results")
+        with dsl.ExitHandler(end, name="train and promote"):
+            begun = wiring.begin(
+                job=job, name=name, called=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, resource=dsl.PIPELINE_JOB_RESOURCE_NAME_PLACEHOLDER,
+                resumes=resumes, version=version, source=source, source_version=source_version, space=space,
                 presets=list(presets), seeds=list(seeds), overrides=overrides,
             )  # fmt: skip
             place(begun, settings)
             run = begun.output
-            ingested = place(ingest(source=source, source_version=source_version, space=space, parent=run), settings)
-            for box in boxes:
-                did = box(data=ingested.outputs["data"], name=name, overrides=overrides, parent=run)
+            ingested = place(wiring.ingest(source=source, source_version=source_version, space=space, parent=run), settings)
+            for (protocol, preset, seed), box in boxes.items():
+                did = box(data=ingested.outputs["data"], overrides=overrides, parent=run)
                 did.set_caching_options(False)
+                if compared:  # KFP's pages cut a label after some 18 characters: what differs comes first
+                    did.set_display_name(f"{preset}{f' seed{seed}' if len(seeds) > 1 else ''} {protocol}")
 
     return pipeline
+
+
+def described(protocols: Sequence[str], streams: Sequence[str], presets: Sequence[str], seeds: Sequence[int], image: str) -> str:
+    """`S4 · ntu60-xsub · j b jm bm · image sha256:0123`: what tells a pipeline from others in KFP's lists."""
+    parts = [" ".join(presets), " ".join(protocols), " ".join(streams)]
+    if tuple(seeds) != (0,):
+        parts.append(f"seeds {' '.join(map(str, seeds))}")
+    return " · ".join([*parts, f"image {image.rpartition('@')[2]}"])
 
 
 def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: str, seed: int, compared: bool) -> Any:
@@ -79,27 +82,27 @@ def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: s
     """
 
     @dsl.pipeline(name=f"{protocol}-{preset}-seed{seed}" if compared else protocol)
-    def box(data: dsl.Input[dsl.Dataset], name: str, overrides: list[str], parent: str) -> None:
-        with dsl.ParallelFor(list(streams), name="streams", parallelism=settings.parallelism or None) as stream:
-            trained = train(
-                data=data, protocol=protocol, stream=stream, preset=preset, seed=seed, overrides=overrides,
-                checkpoints=settings.checkpoints, parent=parent,
-            )  # fmt: skip
-            evaluated = evaluate(data=data, checkpoint=trained.outputs["checkpoint"], parent=parent)
-        fused = fuse(scores=dsl.Collected(evaluated.outputs["scores"]), parent=parent)
+    def box(data: dsl.Input[dsl.Dataset], overrides: list[str], parent: str) -> None:
+        of = {"preset": preset, "protocol": protocol, "seed": seed, "parent": parent}
+        # KFP numbers the iterations: the loop's name tells which number is which stream.
+        with dsl.ParallelFor(
+            list(streams), name=f"streams {' '.join(streams)}", parallelism=settings.parallelism or None
+        ) as stream:
+            trained = wiring.train(data=data, stream=stream, overrides=overrides, checkpoints=settings.checkpoints, **of)
+            evaluated = wiring.evaluate(data=data, checkpoint=trained.outputs["checkpoint"], stream=stream, **of)
+        fused = wiring.fuse(scores=dsl.Collected(evaluated.outputs["scores"]), **of)
         for task in (trained, evaluated, fused):
             place(task, settings)
         if compared:
             return
-        registered = register(
-            data=data, checkpoints=dsl.Collected(trained.outputs["checkpoint"]), fused=fused.outputs["fused"],
-            name=name, job=JOB, parent=parent,
-        )  # fmt: skip
-        verdict = gate(model=registered.output, data=data)
+        registered = wiring.register(
+            data=data, checkpoints=dsl.Collected(trained.outputs["checkpoint"]), fused=fused.outputs["fused"], **of
+        )
+        verdict = wiring.gate(model=registered.output, data=data, **of)
         for task in (registered, verdict):
             place(task, settings)
         if settings.promote:
-            with dsl.If(verdict.output == "promote", name="not worse"):
-                place(promote(model=registered.output), settings)
+            with dsl.If(verdict.output == "promote", name="if gate: promote"):
+                place(wiring.promote(model=registered.output, **of), settings)
 
     return box

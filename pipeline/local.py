@@ -85,8 +85,8 @@ def run(
     space: str = "3d",
     name: str = "",
     workspace: Workspace,
-) -> tuple[str, str]:
-    """Run the whole pipeline; returns the run's name and the table of results as Markdown.
+) -> str:
+    """Run the whole pipeline; returns how it ended and its results as Markdown.
 
     `source` is a path or `s3://BUCKET/NAME`.
 
@@ -118,6 +118,7 @@ def run(
         local=True,
         environment={
             "FFN_CODE": code_digest(),
+            "FFN_LOCKS": str(workspace.root / "logs"),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
         },
     )
@@ -143,7 +144,7 @@ def run(
                 if steps.failed:
                     raise steps.failed[0] from None
                 raise FFNError(f"the pipeline failed outside its steps: {error}") from error
-    return name, Path(steps.outputs["finish"]["table"]).read_text()
+    return Path(steps.outputs["finish"]["table"]).read_text()
 
 
 def located(source: Path | str) -> tuple[str, str]:
@@ -227,8 +228,7 @@ class Steps:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
         self._signal(signal.SIGKILL)
-        call = f"run(name={name!r}, state='CANCELLED', out=Path({str(self.logs / 'results.md')!r}))"
-        code = f"from pathlib import Path; from components.finish.step import run; {call}"
+        code = f"from components import tracking; tracking.end(tracking.parent({name!r}).id, 'KILLED')"
         subprocess.run([sys.executable, "-c", code], env=self._env(), capture_output=True, check=False)
 
     def _start(self, full_command: list[str], env_vars: Mapping[str, str] | None = None) -> int:

@@ -1,8 +1,13 @@
 """What a step asks of the cluster: image, environment, cache, and where, with what and for how long its pod runs."""
 
+import re
+
 from kfp import dsl, kubernetes
 
 from pipeline.settings import Settings
+
+ATTEMPTS = "FFN_ATTEMPTS"
+"""Variable with the attempts of a step within its pod: components/attempts.py."""
 
 CACHED = frozenset({"ingest", "evaluate"})
 """Steps whose output a cluster may reuse: the others open runs, resume from a state, or read and change the registry."""
@@ -22,7 +27,16 @@ CA_FOLDER = "/etc/ffn/ca"
 CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
 """What boto3 and MLflow's client read the authorities' file from."""
 
-LIGHT_REQUEST = {"cpu": "500m", "memory": "2Gi"}
+LIGHT_CPU, LIGHT_MEMORY = "500m", "2Gi"
+"""What a light step asks for, unless its limits are lower."""
+
+IDENTITY = 65532
+"""User and group of every step, of the image, and of the volumes they write to: where a pod names a user and no group, the kubelet
+gives it the group root."""
+
+PAUSE = "10s"
+"""Before Argo makes a lost pod again; a step that fails is begun again inside its pod (components/attempts.py)."""
+
 HOUR = 3600
 
 
@@ -41,7 +55,20 @@ def place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
 
 def threads(cpu: str) -> int:
     """How many threads a CPU limit has room for: `8` -> 8, `2500m` -> 2, `500m` -> 1."""
-    return max(1, int(float(cpu.removesuffix("m")) / (1000 if cpu.endswith("m") else 1)))
+    return max(1, int(amount(cpu)))
+
+
+def amount(quantity: str) -> float:
+    """Kubernetes' quantity as a number of cores or bytes: `500m` -> 0.5, `2Gi` -> 2147483648."""
+    number, unit = re.fullmatch(r"([\d.]+)(\D*)", quantity).groups()  # type: ignore[union-attr]  # the settings have checked its form
+    return float(number) * UNITS[unit]
+
+
+UNITS = {"": 1.0, "m": 1e-3} | {
+    f"{letter}{suffix}": float(base**power)
+    for power, letter in enumerate("KMGTPE", 1)
+    for suffix, base in (("", 1000), ("i", 1024))
+}
 
 
 def _resources(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
@@ -50,13 +77,14 @@ def _resources(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
     cpu, memory = (settings.cpu, settings.memory) if heavy else (settings.light_cpu, settings.light_memory)
     task.set_cpu_limit(cpu).set_memory_limit(memory)
     task.set_env_variable(THREADS, str(threads(cpu)))
-    task.set_cpu_request(cpu if heavy else LIGHT_REQUEST["cpu"])
-    task.set_memory_request(memory if heavy else LIGHT_REQUEST["memory"])
+    task.set_cpu_request(cpu if heavy else min(LIGHT_CPU, cpu, key=amount))
+    task.set_memory_request(memory if heavy else min(LIGHT_MEMORY, memory, key=amount))
+    task.set_env_variable(ATTEMPTS, str(settings.retries + 1))
     kubernetes.set_timeout(task, limit)
     if settings.retries:
         # KFP gives up an hour after the first attempt began unless told otherwise: no long training would be run again.
         whole = (settings.retries + 1) * (limit + HOUR)
-        task.set_retry(settings.retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration=f"{whole}s")
+        task.set_retry(settings.retries, backoff_duration=PAUSE, backoff_factor=2, backoff_max_duration=f"{whole}s")
     if not heavy:
         return
     if settings.gpus:
@@ -73,7 +101,7 @@ def _resources(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
 def _pod(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
     kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "ffn")
     kubernetes.add_pod_label(task, "app.kubernetes.io/component", step)
-    kubernetes.set_security_context(task, run_as_non_root=True)
+    kubernetes.set_security_context(task, run_as_user=IDENTITY, run_as_group=IDENTITY, run_as_non_root=True)
     if settings.pull_secret:
         kubernetes.set_image_pull_secrets(task, [settings.pull_secret])
     if step == "train" and settings.checkpoints_claim and not settings.checkpoints.startswith("s3://"):

@@ -120,8 +120,11 @@ class Server:
         """A POST that does no harm when it is done twice."""
         self._persist(lambda: self._once("POST", path), patience)
 
-    def create(self, path: str, body: Json, find: Callable[[], Json | None]) -> tuple[Json, bool]:
-        """What `find` finds, or else what the POST makes; and whether it was made.
+    def create(
+        self, path: str, body: Json | None, find: Callable[[], Json | None], *,
+        query: Mapping[str, str] | None = None, file: Path | None = None,
+    ) -> tuple[Json, bool]:  # fmt: skip
+        """What `find` finds, or else what the POST makes of `body` or of an uploaded `file`; and whether it was made.
 
         After an attempt of unknown outcome (the connection broke, the gateway gave up) `find` looks first, so that a
         request which arrived is not sent again.
@@ -129,7 +132,7 @@ class Server:
 
         def attempt() -> tuple[Json, bool]:
             found = find()
-            return (found, False) if found is not None else (self._once("POST", path, body=body), True)
+            return (found, False) if found is not None else (self._once("POST", path, query=query, body=body, file=file), True)
 
         return self._persist(attempt)
 
@@ -158,13 +161,16 @@ class Server:
                 told, pause = True, min(2 * pause, self.longest_pause)
                 time.sleep(wait)
 
-    def _once(self, method: str, path: str, *, query: Mapping[str, str] | None = None, body: Json | None = None) -> Json:
+    def _once(
+        self, method: str, path: str, *, query: Mapping[str, str] | None = None, body: Json | None = None, file: Path | None = None
+    ) -> Json:
         url = f"{self.endpoint.url}/{BASE}/{path}"
         headers = {"Accept": "application/json", **self.endpoint.headers()}
         params = {name: value for name, value in (query or {}).items() if value}
         try:
             answer = requests.request(
-                method, url, params=params, json=body, headers=headers, auth=_as_given, timeout=self.timeout,
+                method, url, params=params, json=body, files={"uploadfile": (file.name, file.read_bytes())} if file else None,
+                headers=headers, auth=_as_given, timeout=self.timeout,
                 allow_redirects=False, verify=self.endpoint.ca or True,
             )  # fmt: skip
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:

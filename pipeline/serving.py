@@ -48,24 +48,28 @@ def follow(model: str, target: str) -> str:
 
 
 def champion(model: str) -> str:
-    """The number of the version that the alias `champion` names, empty where there is none."""
+    """The number of the version that the alias `champion` names, empty where there is none.
+
+    By a search: asked for the alias of a model that is not there, MLflow answers who is no administrator with status 403, as if
+    the account were wrong.
+    """
     base = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
     if not base.startswith(("http://", "https://")):
         raise FFNError(f"MLFLOW_TRACKING_URI={base!r}: expected the address of an MLflow server")
-    query = urllib.parse.urlencode({"name": model, "alias": "champion"})
+    query = urllib.parse.urlencode({"filter": f"name = '{model}'"})
     headers = {}
     if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
         pair = f"{name}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
         headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
     try:
-        found = _json("GET", f"{base}/api/2.0/mlflow/registered-models/alias?{query}", headers=headers)
+        found = _json("GET", f"{base}/api/2.0/mlflow/registered-models/search?{query}", headers=headers)
     except urllib.error.HTTPError as error:
-        if error.code == 404 or b"INVALID_PARAMETER_VALUE" in (said := error.read()):
-            return ""
-        raise FFNError(f"{base}: status {error.code} for the champion of {model}: {said[:200].decode(errors='replace')}") from None
+        said = error.read()[:200].decode(errors="replace")
+        raise FFNError(f"{base}: status {error.code} for the champion of {model}: {said}") from None
     except (OSError, ValueError) as error:
         raise FFNError(f"{base}: no answer from MLflow: {error}") from None
-    return str(found["model_version"]["version"])
+    aliases = [alias for known in found.get("registered_models", []) for alias in known.get("aliases", [])]
+    return next((str(alias["version"]) for alias in aliases if alias["alias"] == "champion"), "")
 
 
 def probe(folder: Path, address: str) -> None:

@@ -12,9 +12,12 @@ from ffn.errors import FFNError
 
 PASSED_ON = (
     "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_S3_ENDPOINT_URL", "FFN_ARTIFACTS",
-    "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "FFN_KFP_UI", "FFN_MLFLOW_UI",
 )  # fmt: skip
 """Variables a cluster's steps get as they stand in the compiling environment. Secrets are not among them."""
+
+NAME = "ffn"
+"""Of the pipeline."""
 
 DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|[EPTGMK]i?)?")

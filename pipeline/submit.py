@@ -1,70 +1,58 @@
-"""A compiled pipeline on KFP: submitted once however often it is asked for, watched to its end, put on a schedule."""
+"""A compiled pipeline on KFP: uploaded as a version, submitted once however often it is asked for, put on a schedule."""
 
-import json
-import os
 import re
-import signal
-import sys
-import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from typing import Any
 
 import yaml
 
 from ffn import config as configuration
 from ffn.errors import FFNError
-from pipeline.server import Json, Refused, Server, Unreachable, equals
-from pipeline.settings import DIGEST
+from pipeline.server import Json, Server, equals
+from pipeline.settings import DIGEST, NAME
+from pipeline.watch import CANCEL_PATIENCE, ENDS, cancel
 
 MARK = "made by ffn from inputs "
 """In the description of runs and schedules, before the digest of the pipeline and its parameters."""
 
-POLL_SECONDS = 10.0
-CANCEL_PATIENCE = 20.0
-"""Seconds that a cancellation may take: a CI system that ends a job does not wait longer."""
+WITHOUT_PLUGIN = {"mlflow": {"disabled": True}}
+"""KFP's MLflow plugin, where an administrator has it on, would log every run once more. And a schedule that says anything of
+plugins has its runs made by KFP's API, under a name, in place of copies of a workflow.
 
-UNKNOWN = "RUNTIME_STATE_UNSPECIFIED"
-
-
-class Status(IntEnum):
-    """How `ffn cluster watch` and `submit --watch` end; 2 is a mistake to mend, 130 and 143 are Ctrl-C and SIGTERM."""
-
-    SUCCEEDED = 0
-    FAILED = 1
-    CANCELLED = 3
-    TIMED_OUT = 4
-    UNREACHABLE = 5
-    REFUSED = 6
-
-
-ENDS = {"SUCCEEDED": Status.SUCCEEDED, "SKIPPED": Status.SUCCEEDED, "FAILED": Status.FAILED, "CANCELED": Status.CANCELLED}
-"""A run's last states; every other one, known or not, may still change."""
+Source: KFP 2.17.0, backend/src/apiserver/plugins/mlflow/dispatcher.go:51, backend/src/apiserver/resource/resource_manager.go:1301.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """A compiled pipeline with its parameters: what a run is made from."""
 
+    path: Path
     spec: Json
     parameters: Mapping[str, object]
+    version: str
+    """Names the pipeline version: the image's digest and the graph's."""
 
     @property
     def digest(self) -> str:
         return configuration.digest(self.spec, dict(self.parameters))
 
     @property
-    def body(self) -> Json:
-        """What runs and schedules have in common."""
+    def description(self) -> str:
+        """What the pipeline does, as it says itself, and what the run is made from."""
+        said = self.spec.get("pipeline_spec", self.spec).get("pipelineInfo", {}).get("description", "")
+        return f"{said} · {MARK}{self.digest}" if said else f"{MARK}{self.digest}"
+
+    def body(self, version: Json, resumes: str = "") -> Json:
+        """What runs and schedules have in common; `version` is the uploaded one."""
         return {
-            "description": f"{MARK}{self.digest}",
-            "pipeline_spec": self.spec,
-            "runtime_config": {"parameters": dict(self.parameters)},
+            "description": self.description,
+            "pipeline_version_reference": {name: version[name] for name in ("pipeline_id", "pipeline_version_id")},
+            "runtime_config": {"parameters": {**self.parameters, **({"resumes": resumes} if resumes else {})}},
+            "plugins_input": WITHOUT_PLUGIN,
         }
 
 
@@ -92,7 +80,22 @@ def load(path: Path, parameters: Mapping[str, object], *, allow_tag: bool = Fals
     if (tags := sorted(image for image in images if not DIGEST.search(image))) and not allow_tag:
         raise FFNError(f"{path}: image {', '.join(tags)} is a tag; compile with FFN_IMAGE=...@sha256:..., or --allow-tag")
     spec = {"pipeline_spec": pipeline, "platform_spec": documents[1]} if len(documents) > 1 else pipeline
-    return Pipeline(spec=spec, parameters=parameters)
+    return Pipeline(path=path, spec=spec, parameters=parameters, version=_said_version(pipeline) or version_of(images, spec))
+
+
+def version_of(images: Iterable[str], spec: object) -> str:
+    """`<image>-<graph>`, twelve hex digits of the digest of each; of an image by tag its tag."""
+    names = sorted({image.rpartition("@sha256:")[2][:12] if DIGEST.search(image) else image.rpartition(":")[2] for image in images})
+    return f"{'-'.join(names)}-{configuration.digest(spec)[:12]}"
+
+
+def _said_version(pipeline: Json) -> str:
+    """The version that the compiled pipeline's runs say they are of; empty where they say none."""
+    for component in pipeline.get("components", {}).values():
+        begin = component.get("dag", {}).get("tasks", {}).get("begin", {})
+        if said := begin.get("inputs", {}).get("parameters", {}).get("version", {}):
+            return str(said.get("runtimeValue", {}).get("constant", ""))
+    return ""
 
 
 def submit(
@@ -100,24 +103,73 @@ def submit(
 ) -> tuple[Json, str]:
     """The run called `name`, and what was done for it: `made`, `found` or `retried`.
 
-    A run of that name from the same inputs is the one that is wanted; one that failed or was cancelled is run again, from
-    where it stopped, if `retry`. Raises `FFNError` where the name belongs to a run from other inputs.
+    A run of that name from the same inputs is the one that is wanted. If it failed or was cancelled, a `retry` makes a new run
+    of that name, which goes on with the old one's MLflow run and the states of its trainings: KFP's own retry would not run
+    `finish` again. Raises `FFNError` where the name belongs to a run from other inputs.
     """
     where = experiment_id(server, experiment)
+    before: Json | None = None
 
     def find() -> Json | None:
-        found = _named(server, name, where)
-        if found and not _ours(found[-1], pipeline):
+        found = best(_named(server, name, where))
+        if found and not _ours(found, pipeline):
             raise FFNError(f"run {name} of experiment {experiment} was made from other inputs; choose another --name")
-        return found[-1] if found else None
+        return None if found and before and found["run_id"] == before["run_id"] else found
 
-    body = {"display_name": name, "experiment_id": where, **pipeline.body}
+    found = find()
+    if found and not (retry and found.get("state") in ("FAILED", "CANCELED")):
+        return found, "found"
+    before = found
+    body = {
+        "display_name": name,
+        "experiment_id": where,
+        **pipeline.body(uploaded(server, pipeline), found["run_id"] if found else ""),
+    }
     run, made = server.create("runs", {**body, "service_account": account} if account else body, find)
-    if made:
-        return _the_one(server, pipeline, name, where, run), "made"
-    if retry and run.get("state") in ("FAILED", "CANCELED"):
-        return _again(server, run), "retried"
-    return run, "found"
+    return _the_one(server, pipeline, name, where, run) if made else run, "retried" if before else "made" if made else "found"
+
+
+def best(runs: Sequence[Json]) -> Json | None:
+    """Of the runs of one name, the newest last: one that goes on (the oldest), else one that succeeded, else the newest."""
+    going = [run for run in runs if run.get("state") not in ENDS]
+    done = [run for run in runs if run.get("state") == "SUCCEEDED"]
+    return going[0] if going else done[-1] if done else runs[-1] if runs else None
+
+
+def uploaded(server: Server, pipeline: Pipeline) -> Json:
+    """The pipeline's version on the server, uploaded where it is not there: KFP's lists, versions and clones refer to it."""
+    spot = {"namespace": server.endpoint.namespace}
+
+    def find_pipeline() -> Json | None:
+        return _called(server.list("pipelines", "pipelines", filter=equals("display_name", NAME), **spot), NAME)
+
+    body = {"display_name": NAME, "name": NAME, **{key: value for key, value in spot.items() if value}}
+    owner = _made_or_found(server, "pipelines", body, find_pipeline)["pipeline_id"]
+
+    def find_version() -> Json | None:
+        listed = server.list(f"pipelines/{owner}/versions", "pipeline_versions", filter=equals("display_name", pipeline.version))
+        return _called(listed, pipeline.version)
+
+    query = {
+        "pipelineid": owner, "name": pipeline.version, "display_name": pipeline.version,
+        "description": pipeline.description.partition(f" · {MARK}")[0],
+    }  # fmt: skip
+    return _made_or_found(server, "pipelines/upload_version", None, find_version, query=query, file=pipeline.path)
+
+
+def _called(entries: Iterable[Json], name: str) -> Json | None:
+    return next((entry for entry in entries if entry.get("display_name") == name), None)
+
+
+def _made_or_found(server: Server, path: str, body: Json | None, find: Callable[[], Json | None], **more: Any) -> Json:
+    """What `find` finds or the POST makes; another job may be quicker between our look and our request."""
+    try:
+        return server.create(path, body, find, **more)[0]
+    except FFNError:
+        other = find()
+        if other is None:
+            raise
+        return other
 
 
 def experiment_id(server: Server, name: str) -> str:
@@ -125,19 +177,10 @@ def experiment_id(server: Server, name: str) -> str:
     spot = {"namespace": server.endpoint.namespace}
 
     def find() -> Json | None:
-        entries = server.list("experiments", "experiments", filter=equals("display_name", name), **spot)
-        return next((entry for entry in entries if entry.get("display_name") == name), None)
+        return _called(server.list("experiments", "experiments", filter=equals("display_name", name), **spot), name)
 
     body = {"display_name": name, **{key: value for key, value in spot.items() if value}}
-    try:
-        made, _ = server.create("experiments", body, find)
-    except FFNError:
-        # Another job was quicker between our look and our request.
-        other = find()
-        if other is None:
-            raise
-        made = other
-    return str(made["experiment_id"])
+    return str(_made_or_found(server, "experiments", body, find)["experiment_id"])
 
 
 def run_id(server: Server, run: str, experiment: str) -> str:
@@ -145,115 +188,17 @@ def run_id(server: Server, run: str, experiment: str) -> str:
     try:
         return str(uuid.UUID(run))
     except ValueError:
-        found = _named(server, run, experiment_id(server, experiment))
+        found = best(_named(server, run, experiment_id(server, experiment)))
     if not found:
         raise FFNError(f"no run {run} in experiment {experiment} of {server.endpoint.url}")
-    return str(found[-1]["run_id"])
-
-
-def watch(server: Server, run: str, *, hours: float, poll: float = POLL_SECONDS, say: Callable[[str], None] = print) -> Status:
-    """Tell what the run's steps do until it ends, for `hours` at most; how it ended.
-
-    Raises `Unreachable` where the server gives no answer for longer than its patience, `Refused`, `FFNError` for no such run.
-    """
-    until = time.monotonic() + 3600 * hours
-    told: dict[str, str] = {}
-    while True:
-        left = until - time.monotonic()
-        try:
-            now = server.get(f"runs/{run}", patience=max(0.0, min(server.patience, left)))
-        except Unreachable:
-            if server.patience > left:
-                return Status.TIMED_OUT
-            raise
-        for line in _news(now, told):
-            say(line)
-        if (state := now.get("state")) in ENDS:
-            if said := (now.get("error") or {}).get("message"):
-                say(f"run: {said}")
-            return ENDS[state]
-        left = until - time.monotonic()
-        if left <= 0:
-            return Status.TIMED_OUT
-        time.sleep(min(poll, left))
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which is Ctrl-C said by a CI system."""
-
-
-def follow(server: Server, run: str, *, hours: float, cancel_on_exit: bool, poll: float = POLL_SECONDS) -> int:
-    """`watch` for a process: its exit status. Left before the run's end, the run goes on, or is cancelled if `cancel_on_exit`."""
-    before = signal.signal(signal.SIGTERM, _terminated)
-    try:
-        status: int = watch(server, run, hours=hours, poll=poll, say=lambda line: print(line, flush=True))
-        if status != Status.TIMED_OUT:
-            return status
-        why = f"not done after {hours:g} hours"
-    except KeyboardInterrupt as stop:
-        status, why = (143, "terminated") if isinstance(stop, _Terminated) else (130, "interrupted")
-    except Unreachable as error:
-        status, why = Status.UNREACHABLE, str(error)
-    except Refused as error:
-        status, why = Status.REFUSED, str(error)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    print(f"ffn: {why}", file=sys.stderr)
-    if not cancel_on_exit:
-        print(f"ffn: the run goes on; `ffn cluster watch {run}` follows it again", file=sys.stderr)
-        return status
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        cancel(server, run)
-        print(f"ffn: run {run} is asked to end", file=sys.stderr)
-    except (Unreachable, Refused, FFNError) as error:
-        print(f"ffn: run {run} could not be cancelled and goes on: {error}", file=sys.stderr)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return status
-
-
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
-
-
-def told(work: Callable[[], int]) -> int:
-    """`work`'s exit status, or that of a server which cannot be reached or refuses us, with one line on stderr."""
-    try:
-        return work()
-    except Unreachable as error:
-        print(f"ffn: error: unreachable: {error}", file=sys.stderr)
-        return Status.UNREACHABLE
-    except Refused as error:
-        print(f"ffn: error: refused: {error}; see FFN_KFP_TOKEN, FFN_KFP_TOKEN_FILE, FFN_KFP_COOKIE", file=sys.stderr)
-        return Status.REFUSED
-
-
-def cancel(server: Server, run: str) -> None:
-    """Ask KFP to end the run; a training keeps the states of its epochs."""
-    server.post(f"runs/{run}:terminate", patience=CANCEL_PATIENCE)
-
-
-def links(server: Server, run: Json) -> Iterator[tuple[str, str]]:
-    """Where a person sees the run: KFP, and MLflow as far as it is known."""
-    yield "KFP", f"{server.endpoint.ui}/#/runs/details/{run['run_id']}"
-    found = False
-    for plugin, output in (run.get("plugins_output") or {}).items():
-        for entry in (output.get("entries") or {}).values():
-            if entry.get("render_type") == "URL":
-                found = True
-                yield plugin, str(entry.get("value"))
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not found and uri.startswith("http"):
-        yield "MLflow", f"{uri.rstrip('/')}/#/experiments?workflowType=machine_learning"
+    return str(found["run_id"])
 
 
 def schedule(server: Server, pipeline: Pipeline, *, name: str, cron: str, experiment: str, account: str = "") -> tuple[Json, str]:
     """The schedule called `name`, and what was done for it: `made`, `found` or `replaced`.
 
     One run at a time; what was missed while the server was down is not caught up with. The new one is there before the old
-    one goes: cut off between, the same command ends what it began.
+    one goes: cut off between, the same command ends what it began. No run is harmed: see `unschedule`.
     """
     cron = six_fields(cron)
     where = experiment_id(server, experiment)
@@ -264,26 +209,41 @@ def schedule(server: Server, pipeline: Pipeline, *, name: str, cron: str, experi
     def find() -> Json | None:
         return next((entry for entry in _scheduled(server, name, where) if same(entry)), None)
 
-    body = {
-        "display_name": name, "experiment_id": where, **pipeline.body, "mode": "ENABLE", "max_concurrency": "1",
-        "no_catchup": True, "trigger": {"cron_schedule": {"cron": cron}},
-        **({"service_account": account} if account else {}),
-    }  # fmt: skip
-    kept, made = server.create("recurringruns", body, find)
+    kept = find()
+    made = kept is None
+    if kept is None:
+        body = {
+            "display_name": name, "experiment_id": where, **pipeline.body(uploaded(server, pipeline)), "mode": "ENABLE",
+            "max_concurrency": "1", "no_catchup": True, "trigger": {"cron_schedule": {"cron": cron}},
+            **({"service_account": account} if account else {}),
+        }  # fmt: skip
+        kept, made = server.create("recurringruns", body, find)
     others = [entry for entry in _scheduled(server, name, where) if entry["recurring_run_id"] != kept["recurring_run_id"]]
     for entry in others:
-        server.delete(f"recurringruns/{entry['recurring_run_id']}")
+        _end_schedule(server, entry)
     if not made and kept.get("status") == "DISABLED":
         server.post(f"recurringruns/{kept['recurring_run_id']}:enable")
     return kept, "replaced" if others else "made" if made else "found"
 
 
-def unschedule(server: Server, name: str, experiment: str) -> int:
-    """Delete the schedules called `name`; how many there were. Their runs stay."""
-    found = _scheduled(server, name, experiment_id(server, experiment))
-    for entry in found:
-        server.delete(f"recurringruns/{entry['recurring_run_id']}")
-    return len(found)
+def unschedule(server: Server, name: str, experiment: str) -> list[tuple[Json, Json | None]]:
+    """End the schedules called `name`; each with the run of it that still goes on, if there is one.
+
+    A schedule owns the workflows of its runs, and deleting it would kill one that goes on: that schedule is disabled, makes no
+    further run, and is deleted by the next `unschedule` or `schedule` of that name.
+    """
+    return [(entry, _end_schedule(server, entry)) for entry in _scheduled(server, name, experiment_id(server, experiment))]
+
+
+def _end_schedule(server: Server, entry: Json) -> Json | None:
+    """Disable the schedule; delete it unless a run of it goes on, which is returned."""
+    schedule = entry["recurring_run_id"]
+    server.post(f"recurringruns/{schedule}:disable")
+    made = server.list("runs", "runs", experiment_id=entry.get("experiment_id", ""), filter=equals("recurring_run_id", schedule))
+    going = next((run for run in made if run.get("recurring_run_id") == schedule and run.get("state") not in ENDS), None)
+    if not going:
+        server.delete(f"recurringruns/{schedule}")
+    return going
 
 
 def schedules(server: Server, experiment: str) -> list[Json]:
@@ -320,65 +280,12 @@ def _ours(entry: Json, pipeline: Pipeline) -> bool:
 
 
 def _the_one(server: Server, pipeline: Pipeline, name: str, experiment: str, made: Json) -> Json:
-    """The oldest of the runs of this name that go on; the others, made by a job at the same moment, are cancelled."""
+    """The oldest of the runs of this name that go on.
+
+    The others, made by a job at the same moment, are cancelled, and archived so that nobody takes one for the run.
+    """
     going = [run for run in _named(server, name, experiment) if _ours(run, pipeline) and run.get("state") not in ENDS]
     for other in going[1:]:
         cancel(server, other["run_id"])
+        server.post(f"runs/{other['run_id']}:archive", patience=CANCEL_PATIENCE)
     return going[0] if going else made
-
-
-def _again(server: Server, run: Json) -> Json:
-    """The run, going on where it stopped; KFP's own retry, asked for once."""
-    path = f"runs/{run['run_id']}"
-
-    def going() -> Json | None:
-        now = server.get(path)
-        return None if now.get("state") in ("FAILED", "CANCELED") else now
-
-    server.create(f"{path}:retry", {}, going)
-    return run
-
-
-def _news(run: Json, told: dict[str, str]) -> Iterator[str]:
-    """A line for the run, each kind of step and each failed task, where it is another than last time; `told` remembers.
-
-    Tasks of one kind are counted together: KFP names all sixteen trainings alike.
-    """
-    totals, names = _steps(run.get("pipeline_spec") or {})
-    states: dict[str, Counter[str]] = {}
-    for task in (run.get("run_details") or {}).get("task_details") or []:
-        step, state = names.get(task.get("display_name") or ""), task.get("state") or UNKNOWN
-        if step and state != UNKNOWN:  # the rest are Argo's own nodes
-            states.setdefault(step, Counter())[state.lower()] += 1
-            if state == "FAILED" and (said := (task.get("error") or {}).get("message")):
-                yield from _once(told, f"{step} {task.get('task_id')}", step, said)
-    for step, counts in states.items():
-        words = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-        yield from _once(told, step, step, f"{words} of {totals[step]}" if totals[step] > 1 else next(iter(counts)))
-    yield from _once(told, "", "run", (run.get("state") or UNKNOWN).lower())
-
-
-def _once(told: dict[str, str], key: str, label: str, text: str) -> Iterator[str]:
-    if told.get(key) != text:
-        told[key] = text
-        yield f"{label:<26} {text}"
-
-
-def _steps(spec: Json) -> tuple[Counter[str], dict[str, str]]:
-    """Step -> how many of it a whole run has; name of a task in the graph -> its step."""
-    spec = spec.get("pipeline_spec", spec)
-    components, totals, names = spec.get("components") or {}, Counter[str](), {}
-
-    def walk(dag: Json, times: int) -> None:
-        for key, task in (dag.get("tasks") or {}).items():
-            component = components.get(task["componentRef"]["name"], {})
-            if "dag" in component:
-                loop = task.get("parameterIterator") or {}
-                items = json.loads(loop.get("items", {}).get("raw", "[0]"))
-                walk(component["dag"], times * len(items))
-            else:
-                names[key] = step = task["taskInfo"]["name"]
-                totals[step] += times
-
-    walk((spec.get("root") or {}).get("dag") or {}, 1)
-    return totals, names

@@ -10,18 +10,18 @@ from ffn.scores import measure
 
 
 @step
-def run(*, data: Path, checkpoint: Path, parent: str, out: Path) -> dict[str, str]:
-    """Write the scores to `out`; returns what names them: preset, protocol, stream, seed.
+def run(*, data: Path, checkpoint: Path, parent: str, scores: Path) -> dict[str, str]:
+    """Write the scores to `scores`; returns what names them, preset, protocol, stream, seed, and `top1`, a fraction.
 
     The measures go to the MLflow run of the training, so that one run tells all about a stream.
     """
     skeletons, meta = SkeletonSet.open(data), read_meta(checkpoint)
     names = tracking.names(meta.config.preset, meta.protocol, meta.stream, meta.config.training.seed)
     with tracking.child(parent, key=meta.key, kind="train", names=names) as track:
-        scores = evaluate(skeletons, checkpoint)
-        scores.write(out)
-        metrics = measure(scores)
-        track.dataset(skeletons, "evaluation", part=f"{meta.protocol}/test", used=len(scores.ids))
-        track.result(metrics, scores.classes)
-    say(f"top1 {100 * metrics.top1:.2f} %  mean class {100 * metrics.top1_mean_class:.2f} %  of {len(scores.ids)}")
-    return names
+        made = evaluate(skeletons, checkpoint)
+        made.write(scores)
+        metrics = measure(made)
+        track.dataset(skeletons, "evaluation", part=f"{meta.protocol}/test", used=len(made.ids))
+        track.result(metrics, made.classes)
+    say(f"top1 {100 * metrics.top1:.2f} %  mean class {100 * metrics.top1_mean_class:.2f} %  of {len(made.ids)}")
+    return {**names, "top1": f"{metrics.top1:.4f}"}

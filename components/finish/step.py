@@ -1,39 +1,133 @@
-"""Finish: the result table, and the end of the parent run, whatever became of the steps."""
+"""Finish: the results, and the end of the parent run, whatever became of the steps."""
 
+import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from components import step, tracking
-from ffn import plots, report
+from matplotlib.figure import Figure
+
+from components import say, step, tracking
+from ffn import plots, report, summary
+from ffn.errors import FFNError
+from ffn.report import Result
+from ffn.summary import Summary
 
 STATES = {
     "SUCCEEDED": "FINISHED", "COMPLETE": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED", "CANCELED": "KILLED",
 }  # fmt: skip
-"""How KFP says a pipeline ended (here and on a cluster in different words) -> how MLflow does."""
+"""How KFP says a pipeline ended (here and on a cluster in different words) -> how MLflow does.
+
+A server may still call a pipeline with loops RUNNING at its end: then its parts say how it went."""
+
+FACTS = ("presets", "seeds", "space", "overrides", "source", "source_version")
+"""Parameters of the parent run that a reader of its results wants to see."""
 
 
 @step
-def run(*, name: str, state: str, out: Path) -> None:
-    """Log what the pipeline run `name` found to its MLflow run, write it to `out` as Markdown, end the run.
+def run(*, job: str, status: str, table: Path, metrics: Path, report: Path) -> dict[str, float]:
+    """Log what the pipeline run `job` found to its MLflow run and end it; write it to `table` (Markdown) and `report` (HTML).
 
-    That is the table of results, or where the run had several presets or seeds their comparison. A run that is not open is
-    left as it is: `begin` refused to take it up.
+    Returns the held-out accuracies by name, fractions. A run that is not open is left as it is: `begin` refused to take it up.
     """
-    parent = tracking.parent(name)
-    results = report.in_order(tracking.results(parent.id))
-    several = report.compares(results)
-    cells = report.cells(results, space=parent.param("space"))
-    text = f"{report.comparison(cells) if several else report.table(results)}\nRuns and models: {parent.page()}\n"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
-    if not parent.open:
+    for path in (table, metrics, report):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent = tracking.parent(job)
+    except FFNError as error:
+        begun = Summary(name=job, status="FAILED", failed={"begin": f"no run was opened in MLflow; its log says why ({error})"})
+        table.write_text(summary.markdown(begun))
+        report.write_text(summary.page(begun, {}))
+        return {}
+    results = by_order(parent)
+    failed = tracking.failures(parent.id)
+    ours = parent.open
+    ended = tracking.end(parent.id, STATES.get(status, "")) if ours else parent.status
+    told = tell(parent, ended, failed, results)
+    text, page = summary.markdown(told), summary.page(told, figures(parent, results))
+    table.write_text(text)
+    report.write_text(page)
+    if ours:
+        log(parent, text, page, results)
+    for what, why in failed.items():
+        say(f"FAILED: {what}: {why}")
+    return {name_of(result, results): result.top1 for result in results}
+
+
+def by_order(parent: tracking.Child) -> list[Result]:
+    """What was measured, in the house's order."""
+    return report.in_order(tracking.results(parent.id))
+
+
+def name_of(result: Result, results: Sequence[Result]) -> str:
+    """`ntu60-xsub 4s`, and in a comparison `S4 ntu60-xsub 4s seed1`: names of KFP's metrics."""
+    stream = result.stream.replace("+", " ")
+    if not report.compares(results):
+        return f"{result.protocol} {stream}"
+    return f"{result.preset} {result.protocol} {stream} seed{result.seed}"
+
+
+def tell(parent: tracking.Child, ended: str, failed: dict[str, str], results: Sequence[Result]) -> Summary:
+    """All there is to say of the run."""
+    known = parent.facts()
+    links = {"MLflow": parent.page()} | ({"KFP": known["kfp_url"]} if "kfp_url" in known else {})
+    shown = {name: value for name, value in known.items() if name != "kfp_url"}
+    return Summary(
+        name=parent.name, status=ended, failed=failed, results=results, space=known.get("space", "3d"),
+        models=[verdict(version) for version in tracking.versions(parent.id)], facts=shown, links=links,
+    )  # fmt: skip
+
+
+def verdict(version: tracking.Version) -> str:
+    """What the gate said of a version and what became of it."""
+    champion = tracking.version(version.name, alias="champion")
+    is_champion = champion is not None and champion.number == version.number
+    state = "champion" if is_champion else {"hold": "held by the gate", "promote": "let through by the gate"}.get(
+        version.tags.get("gate", ""), "challenger"
+    )  # fmt: skip
+    reason = version.tags.get("gate_reason", "")
+    return f"{version.name} version {version.number}: {state}{f': {reason}' if reason else ''}"
+
+
+def figures(parent: tracking.Child, results: Sequence[Result]) -> dict[str, bytes]:
+    """Title -> PNG: the results; of a run that compares nothing also the widest fusions' confusion, and the learning curves."""
+    if not results:
+        return {}
+    compared = report.compares(results)
+    drawn = {"Results": png(overview(results, parent.param("space")))}
+    if compared:
+        return drawn
+    widest = {result.protocol: result.stream for result in results}  # the last of a protocol in the house's order
+    for name, of in tracking.pictures(parent.id).items():
+        protocol, stream = name.split("/")[1:3]
+        if widest.get(protocol) == stream and "confusion" in of:
+            drawn[f"Confusion, {protocol} {stream}"] = of["confusion"]
+        if "learning_curves" in of:
+            drawn[f"Training, {protocol} {stream}"] = of["learning_curves"]
+    return drawn
+
+
+def overview(results: Sequence[Result], space: str) -> Figure:
+    if report.compares(results):
+        return plots.comparison(report.cells(results, space=space))
+    return plots.results_table(report.by_protocol(results))
+
+
+def png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    return content.getvalue()
+
+
+def log(parent: tracking.Child, text: str, page: str, results: Sequence[Result]) -> None:
+    """Leave in the parent run what was found."""
+    parent.text(text, "results.md")
+    parent.text(page, "report.html")
+    parent.tag(tracking.NOTE, text)
+    if not results:
         return
-    if results:
-        parent.text(text, "results.md")
-        parent.text(json.dumps([asdict(result) for result in results], indent=1), "results.json")
-        parent.figure(plots.comparison(cells) if several else plots.results_table(report.by_protocol(results)), "results.png")
-        if not several:
-            parent.metrics({f"top1/{result.protocol}/{result.stream.replace('+', ' ')}": result.top1 for result in results})
-    # A server may still call a pipeline with loops RUNNING at its end: then its parts say how it went.
-    parent.client.set_terminated(parent.id, STATES.get(state) or tracking.outcome(parent.id))
+    parent.text(json.dumps([asdict(result) for result in results], indent=1), "results.json")
+    parent.figure(overview(results, parent.param("space")), "results.png")
+    if not report.compares(results):
+        parent.metrics({f"top1/{result.protocol}/{result.stream.replace('+', ' ')}": result.top1 for result in results})

@@ -17,6 +17,9 @@ RESULT = "result.json"
 FACTS = ("name", "protocol", "data_digest", "classes", "weights", "top1")
 """What a reader of `result.json` relies on."""
 
+READABLE = 60
+"""Classes of a confusion matrix that a person can still read in KFP's pages."""
+
 
 class OfStream(Protocol):
     """What a stream made: scores, a checkpoint."""
@@ -29,17 +32,28 @@ Made = TypeVar("Made", bound=OfStream)
 
 
 @step
-def run(*, scores: list[Path], parent: str, out: Path) -> dict[str, str]:
-    """Do `fuse_all` and log every fusion as a run of its own; returns what names them: preset, protocol, seed."""
-    for name, fused in fuse_all(scores, out).items():
-        metrics = measure(fused)
-        names = tracking.names(fused.preset, fused.protocol, name, fused.seed)
-        key = digest("fuse", fused.data_digest, names, fused.ids, hashlib.sha256(fused.probabilities.tobytes()).hexdigest())
+def run(*, scores: list[Path], parent: str, fused: Path, confusion: Path) -> tuple[dict[str, str], list[str], list[list[int]]]:
+    """Do `fuse_all` and log every fusion as a run of its own.
+
+    Returns what there is to say of the widest: preset, protocol, seed and the `top1` of every fusion; its classes and its
+    confusion matrix (rows are true classes), both empty where the classes are more than `READABLE`. A file at `confusion` tells
+    kfp's local cache that the step was done.
+    """
+    tops = {}
+    for name, made in fuse_all(scores, fused).items():
+        metrics = measure(made)
+        names = tracking.names(made.preset, made.protocol, name, made.seed)
+        key = digest("fuse", made.data_digest, names, made.ids, hashlib.sha256(made.probabilities.tobytes()).hexdigest())
         with tracking.child(parent, key=key, kind="fuse", names=names) as track:
             track.params(names)
-            track.result(metrics, fused.classes)
+            track.result(metrics, made.classes)
+        tops[f"top1 {name}"] = f"{metrics.top1:.4f}"
         say(f"{name}  top1 {100 * metrics.top1:.2f} %")
-    return {what: value for what, value in names.items() if what != "stream"}
+    confusion.parent.mkdir(parents=True, exist_ok=True)
+    confusion.touch()
+    facts = {what: value for what, value in names.items() if what != "stream"} | tops
+    few = len(made.classes) <= READABLE
+    return facts, list(made.classes) if few else [], metrics.confusion.tolist() if few else []
 
 
 def fuse_all(paths: list[Path], out: Path) -> dict[str, Scores]:

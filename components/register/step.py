@@ -15,11 +15,11 @@ from ffn.errors import FFNError
 
 
 @step
-def run(*, data: Path, checkpoints: list[Path], fused: Path, name: str, parent: str) -> str:
+def run(*, data: Path, checkpoints: list[Path], fused: Path, parent: str) -> str:
     """Returns the version's URI, `models:/ffn-<protocol>/<number>`; the same streams give the same version.
 
-    `fused` is the folder that fusion wrote, `name` that of the pipeline run. Raises `FFNError` where data, checkpoints and
-    fusion are not of one protocol, data set, set of classes and streams.
+    `fused` is the folder that fusion wrote. Raises `FFNError` where data, checkpoints and fusion are not of one protocol, data set,
+    set of classes and streams.
     """
     fusion = read_fusion(fused)
     streams = by_stream(checkpoints, read_meta)
@@ -45,7 +45,7 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, name: str, parent: 
                 "space": meta.space,
                 "fusion": fusion["name"],
                 "top1": repr(fusion["top1"]),
-                "run": name,
+                **tracking.lineage(parent),
             },
         )
         tracking.point(version, "challenger")

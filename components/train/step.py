@@ -25,16 +25,16 @@ LOGGED = ("loss", "top1", "lr", "seconds", "clips_per_second")
 def run(
     *,
     data: Path,
+    preset: str,
     protocol: str,
     stream: str,
-    preset: str,
     seed: int,
     overrides: list[str],
     checkpoints: Path | str,
     parent: str,
-    out: Path,
+    checkpoint: Path,
 ) -> dict[str, str]:
-    """Publish the checkpoint in the folder `out`; the state of every epoch is kept under `checkpoints`.
+    """Publish the checkpoint in the folder `checkpoint`; the state of every epoch is kept under `checkpoints`.
 
     That is a folder, or `s3://BUCKET/PREFIX`: then every epoch's state goes there as `storage.mirrored` says, no lock keeps
     the same training from going on twice, and twice it gives the same weights.
@@ -48,9 +48,9 @@ def run(
     config = configuration.recipe(preset, overrides, seed)
     key = train_key(skeletons.digest, config, protocol, stream)
     names = tracking.names(preset, protocol, stream, seed)
-    fit = functools.partial(train, skeletons, protocol=protocol, stream=stream, config=config, out=out, progress=False)
+    fit = functools.partial(train, skeletons, protocol=protocol, stream=stream, config=config, out=checkpoint, progress=False)
     if parallel.follower():
-        fit(state_dir=out.parent)  # where the first process alone has files
+        fit(state_dir=checkpoint.parent)  # where the first process alone has files
         return names
     with (
         tracking.child(parent, key=key, kind="train", names=names) as track,
@@ -75,14 +75,14 @@ def run(
             )
 
         fit(state_dir=states, on_epoch=on_epoch)
-        history = read_history(out)
+        history = read_history(checkpoint)
         for record in history:  # epochs that ran under another parent, or whose logging a kill cut off
             log(record)
         track.figure(learning_curves(history), "figures/learning_curves.png")
-        track.folder(out, "checkpoint")
+        track.folder(checkpoint, "checkpoint")
         with tempfile.TemporaryDirectory() as folder:
-            fused = write_fused(Path(folder) / "fused", {stream: out}, {stream: 1.0})
-            track.model(fused, read_meta(out), example(skeletons, int(split.test[0])))
+            fused = write_fused(Path(folder) / "fused", {stream: checkpoint}, {stream: 1.0})
+            track.model(fused, read_meta(checkpoint), example(skeletons, int(split.test[0])))
     return names
 
 

@@ -6,6 +6,7 @@ Any number of these may start at once: they take turns by a lock in the database
 
 import os
 import sys
+import time
 
 import psycopg
 from mlflow import db
@@ -14,9 +15,31 @@ from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 LOCK = 0x66666E  # any number that nothing else in this database locks
 
 
+HOST = os.environ.get("PGHOST", "localhost")
+DATABASE = f"PostgreSQL at {HOST}:{os.environ.get('PGPORT', '5432')}"
+PATIENCE = 120.0
+"""Seconds in which a database that starts together with this is waited for."""
+
+
+def connected() -> psycopg.Connection:
+    """A connection with the database, once it answers; what it is waited for is said whenever that changes."""
+    deadline, said = time.monotonic() + PATIENCE, ""
+    while True:
+        try:
+            # The host by name: psycopg calls one that libpq takes from the environment None where it cannot be resolved.
+            return psycopg.connect(host=HOST, autocommit=True, connect_timeout=10)
+        except psycopg.OperationalError as error:
+            if time.monotonic() > deadline:
+                raise
+            if (why := str(error).splitlines()[0]) != said:
+                print(f"waiting for {DATABASE}: {why}", flush=True)
+            said = why
+        time.sleep(1)
+
+
 def main() -> None:
     uri = os.environ["MLFLOW_BACKEND_STORE_URI"]
-    with psycopg.connect("", autocommit=True, connect_timeout=10) as connection:
+    with connected() as connection:
         connection.execute("SELECT pg_advisory_lock(%s)", (LOCK,))
         db.upgrade.callback(uri)  # the command `mlflow db upgrade`
         accounts = SqlAlchemyStore()
@@ -34,4 +57,4 @@ if __name__ == "__main__":
     try:
         main()
     except psycopg.OperationalError as error:
-        sys.exit(f"PostgreSQL at {os.environ.get('PGHOST', 'localhost')} does not answer: {error}")
+        sys.exit(f"{DATABASE} does not answer: {error}")

@@ -4,12 +4,21 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ffn.config import override, preset
 from ffn.errors import FFNError
 from ffn.protocols import require_name
 from pipeline.cli import options
 from pipeline.cli.options import Verbs
+
+if TYPE_CHECKING:
+    from pipeline.server import Server
+    from pipeline.workflow import Workflows
+
+
+MOST_BOXES = 15
+"""One with four streams is 139 nodes of a workflow, 68 KB of its compressed status."""
 
 
 def add(verbs: Verbs) -> None:
@@ -35,6 +44,10 @@ def add(verbs: Verbs) -> None:
     added.add_argument("run", metavar="RUN", help="its id or name")
     _experiment(added)
     _watching(added)
+
+    added = verbs.add(cancel, "end a run, and have MLflow say so")
+    added.add_argument("run", metavar="RUN", help="its id or name")
+    _experiment(added)
 
     added = verbs.add(schedule, "run a compiled pipeline again and again")
     _submission(added)
@@ -72,8 +85,11 @@ def check(given: argparse.Namespace) -> int:
 
 def compile(given: argparse.Namespace) -> None:
     """Write the pipeline as YAML for a cluster; FFN_IMAGE, FFN_GPUS and the like say how (see docs/pipeline.md)."""
+    import tempfile
+
     from kfp import compiler
 
+    from pipeline import submit as kfp
     from pipeline.dag import build
     from pipeline.settings import Settings
 
@@ -88,9 +104,21 @@ def compile(given: argparse.Namespace) -> None:
             f"ffn: warning: image {settings.image} is a tag: KFP's cache does not see it move; name it by digest",
             file=sys.stderr,
         )
-    pipeline = build(given.protocols, given.streams, settings, presets=given.presets, seeds=given.seeds)
-    compiler.Compiler().compile(pipeline, str(given.out))
-    print(given.out)
+    if (boxes := len(given.protocols) * len(given.presets) * len(given.seeds)) > MOST_BOXES:
+        print(
+            f"ffn: warning: {boxes} boxes of protocol, preset and seed: Argo keeps the state of a run in 1 MB, enough for some "
+            f"{MOST_BOXES}; compile several pipelines, or let Argo offload node status to a database",
+            file=sys.stderr,
+        )
+
+    def write(path: Path, version: str = "") -> Path:
+        graph = build(given.protocols, given.streams, settings, presets=given.presets, seeds=given.seeds, version=version)
+        compiler.Compiler().compile(graph, str(path))
+        return path
+
+    with tempfile.TemporaryDirectory() as folder:  # what a version is named by is the graph without that name
+        version = kfp.load(write(Path(folder) / given.out.name), {"source": ""}, allow_tag=True).version
+    print(write(given.out, version))
 
 
 def submit(given: argparse.Namespace) -> int:
@@ -100,12 +128,12 @@ def submit(given: argparse.Namespace) -> int:
     """
     from pipeline import submit as kfp
     from pipeline.server import Server
+    from pipeline.watch import follow, links, told
 
     server = Server.from_environment()
-    inputs = _inputs(given)
-    name = given.name or f"ffn-{kfp.load(given.pipeline, inputs, allow_tag=True).digest[:8]}"
+    pipeline = kfp.load(given.pipeline, _inputs(given), allow_tag=given.allow_tag)
+    name = given.name or f"ffn-{pipeline.digest[:8]}"
     require_name("--name", name)
-    pipeline = kfp.load(given.pipeline, {**inputs, "name": name}, allow_tag=given.allow_tag)
 
     def work() -> int:
         run, done = kfp.submit(
@@ -113,38 +141,61 @@ def submit(given: argparse.Namespace) -> int:
         )  # fmt: skip
         print(run["run_id"], flush=True)
         print(f"ffn: run {name} is {done}", file=sys.stderr)
-        for what, link in kfp.links(server, run):
+        for what, link in links(server, run):
             print(f"ffn: {what:<7} {link}", file=sys.stderr)
         if not given.watch:
             return 0
-        return kfp.follow(server, run["run_id"], hours=given.hours, cancel_on_exit=given.cancel_on_exit)
+        return follow(server, run["run_id"], hours=given.hours, cancel_on_exit=given.cancel_on_exit, workflows=_workflows(server))
 
-    return kfp.told(work)
+    return told(work)
 
 
 def watch(given: argparse.Namespace) -> int:
     """Follow a run to its end: 0 it succeeded, 1 failed, 3 cancelled, 4 not done in time, 5 unreachable, 6 we are refused.
 
-    Ctrl-C leaves it running.
+    Why a step failed, or waits, is read from its pod, with the rights that kubectl has. Ctrl-C leaves the run going on.
     """
     from pipeline import submit as kfp
     from pipeline.server import Server
+    from pipeline.watch import follow, links, told
 
     server = Server.from_environment()
 
     def work() -> int:
         run = kfp.run_id(server, given.run, given.experiment)
-        for what, link in kfp.links(server, server.get(f"runs/{run}")):
+        for what, link in links(server, server.get(f"runs/{run}")):
             print(f"ffn: {what:<7} {link}", file=sys.stderr)
-        return kfp.follow(server, run, hours=given.hours, cancel_on_exit=given.cancel_on_exit)
+        return follow(server, run, hours=given.hours, cancel_on_exit=given.cancel_on_exit, workflows=_workflows(server))
 
-    return kfp.told(work)
+    return told(work)
+
+
+def cancel(given: argparse.Namespace) -> int:
+    """End a run of Kubeflow Pipelines: its trainings keep their states, MLflow says KILLED, `submit --retry` goes on from there."""
+    from pipeline import submit as kfp
+    from pipeline.server import Server
+    from pipeline.watch import Status, close, ended, told
+    from pipeline.watch import cancel as end
+
+    server = Server.from_environment()
+
+    def work() -> int:
+        run = kfp.run_id(server, given.run, given.experiment)
+        if (status := ended(server.get(f"runs/{run}"))) is not None:
+            raise FFNError(f"run {given.run} has ended already: {status.name.lower()}")
+        end(server, run)
+        print(f"ffn: run {given.run} is asked to end", file=sys.stderr)
+        close(run, Status.CANCELLED)
+        return 0
+
+    return told(work)
 
 
 def schedule(given: argparse.Namespace) -> int:
     """Put a compiled pipeline on a schedule; the same command again changes nothing, another one replaces it."""
     from pipeline import submit as kfp
     from pipeline.server import Server
+    from pipeline.watch import told
 
     server = Server.from_environment()
     pipeline = kfp.load(given.pipeline, _inputs(given), allow_tag=given.allow_tag)
@@ -157,13 +208,14 @@ def schedule(given: argparse.Namespace) -> int:
         print(f"ffn: schedule {given.name} is {done}", file=sys.stderr)
         return 0
 
-    return kfp.told(work)
+    return told(work)
 
 
 def schedules(given: argparse.Namespace) -> int:
     """List the schedules of an experiment: name, cron expression (seconds first), state, id."""
     from pipeline import submit as kfp
     from pipeline.server import Server
+    from pipeline.watch import told
 
     server = Server.from_environment()
 
@@ -173,22 +225,30 @@ def schedules(given: argparse.Namespace) -> int:
             print(f"{entry['display_name']:<24} {cron:<20} {entry.get('status', '').lower():<9} {entry['recurring_run_id']}")
         return 0
 
-    return kfp.told(work)
+    return told(work)
 
 
 def unschedule(given: argparse.Namespace) -> int:
-    """Delete a schedule; the runs it made stay."""
+    """End a schedule; the runs it made stay. One that goes on keeps the schedule, disabled, until it has ended."""
     from pipeline import submit as kfp
     from pipeline.server import Server
+    from pipeline.watch import told
 
     server = Server.from_environment()
 
     def work() -> int:
-        if not kfp.unschedule(server, given.name, given.experiment):
+        ended = kfp.unschedule(server, given.name, given.experiment)
+        if not ended:
             raise FFNError(f"no schedule {given.name} in experiment {given.experiment}")
+        for entry, going in ended:
+            if going:
+                text = f"is disabled; its run {going['run_id']} goes on, and when that has ended the same command deletes it"
+            else:
+                text = "is deleted"
+            print(f"ffn: schedule {entry['display_name']} {text}", file=sys.stderr)
         return 0
 
-    return kfp.told(work)
+    return told(work)
 
 
 def _submission(added: argparse.ArgumentParser) -> None:
@@ -218,6 +278,16 @@ def _inputs(given: argparse.Namespace) -> dict[str, object]:
     if not given.data.startswith("/") and "://" not in given.data:
         raise FFNError(f"--data {given.data}: expected an absolute path in the pod of ingest, such as /mnt/data/x, or a URI")
     return {"source": given.data, "source_version": given.data_version, "space": given.space, "overrides": given.set}
+
+
+def _workflows(server: "Server") -> "Workflows | None":
+    """The runs' workflows; None, and a line, where kubectl has no cluster to speak to."""
+    from pipeline.workflow import Workflows
+
+    found = Workflows.reach(server.endpoint.namespace or "kubeflow")
+    if not found:
+        print("ffn: no kubeconfig: why a step fails or waits is not told", file=sys.stderr)
+    return found
 
 
 def _account() -> str:

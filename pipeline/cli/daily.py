@@ -92,14 +92,14 @@ def run(given: argparse.Namespace) -> int:
 
     here = local.workspace(given.workspace)
     try:
-        name, table = local.run(
+        table = local.run(
             source=given.data, protocols=given.protocols, streams=given.streams, presets=given.presets,
             seeds=given.seeds, overrides=given.set, space=given.space, name=given.name, workspace=here,
         )  # fmt: skip
     except local.StepFailed as failure:
         print(f"ffn: error: {failure}", file=sys.stderr)
         return 2 if failure.status == 2 else 1
-    print(f"\ntop1 in percent, run {name}\n\n{table}")
+    print(f"\n{table}")
     if here.ui():
         print(f"which this command serves:\n\n    {here.ui()}\n")
     return 0
@@ -176,7 +176,7 @@ def register(given: argparse.Namespace) -> None:
     os.environ.update(workspace(given.workspace).environment())
     from components.register.step import run as do
 
-    do(data=given.data, checkpoints=given.checkpoints, fused=given.fused, name="", parent="")
+    do(data=given.data, checkpoints=given.checkpoints, fused=given.fused, parent="")
 
 
 def predict(given: argparse.Namespace) -> None:

@@ -51,26 +51,30 @@ class Pipeline:
     name: str = "demo"
 
     def __post_init__(self) -> None:
-        self.parent = begin(name=self.name, source="toy", source_version="1", space="3d", presets=["S4"], seeds=[0], overrides=TINY)
+        self.parent = begin(
+            job=self.name, name=self.name, called="", resource="", resumes="", version="v", source="toy", source_version="1",
+            space="3d", presets=["S4"], seeds=[0], overrides=TINY,
+        )  # fmt: skip
 
     def train(self, stream: str, *overrides: str) -> Path:
         out = self.root / stream / "checkpoint"
         train(
             data=self.data, protocol="p", stream=stream, preset="S4", seed=0, overrides=[*TINY, *overrides],
-            checkpoints=self.root / "states", parent=self.parent, out=out,
+            checkpoints=self.root / "states", parent=self.parent, checkpoint=out,
         )  # fmt: skip
         return out
 
     def evaluate(self, stream: str) -> Path:
         out = self.root / stream / "scores"
-        evaluate(data=self.data, checkpoint=self.root / stream / "checkpoint", parent=self.parent, out=out)
+        evaluate(data=self.data, checkpoint=self.root / stream / "checkpoint", parent=self.parent, scores=out)
         return out
 
     def register(self, *overrides: str) -> str:
         checkpoints = [self.train(stream, *overrides) for stream in ("j", "b")]
         fused = self.root / "fused"
-        fuse(scores=[self.evaluate(stream) for stream in ("j", "b")], parent=self.parent, out=fused)
-        return register(data=self.data, checkpoints=checkpoints, fused=fused, name=self.name, parent=self.parent)
+        scores = [self.evaluate(stream) for stream in ("j", "b")]
+        fuse(scores=scores, parent=self.parent, fused=fused, confusion=self.root / "confusion")
+        return str(register(data=self.data, checkpoints=checkpoints, fused=fused, parent=self.parent))
 
 
 def test_from_training_to_champion_everything_twice(store: MlflowClient, toy: SkeletonSet, tmp_path: Path) -> None:
@@ -112,18 +116,34 @@ def test_from_training_to_champion_everything_twice(store: MlflowClient, toy: Sk
     assert champion.tags["gate"] == "promote"
     assert champion.tags["promoted_because"] == "there is no champion yet"
 
-    table = tmp_path / "finish" / "table"
-    finish(name="demo", state="SUCCEEDED", out=table)
+    tops = ended("demo", tmp_path)
+    assert tops == {
+        f"p {stream}": pytest.approx(run.data.metrics["top1"]) for stream in ("j", "b", "2s") if (run := runs[f"S4/p/{stream}"])
+    }
     parent = store.get_run(steps.parent)
     assert parent.info.status == "FINISHED"
-    assert {item.path for item in store.list_artifacts(steps.parent)} == {"results.md", "results.json", "results.png"}
-    header, _, row, _, page = table.read_text().splitlines()
-    assert (
-        page
-        == f"Runs and models: http://127.0.0.1:5000/#/experiments/{parent.info.experiment_id}/runs?workflowType=machine_learning"
+    assert {item.path for item in store.list_artifacts(steps.parent)} == {
+        "results.md", "results.json", "results.png", "report.html",
+    }  # fmt: skip
+    text = (tmp_path / "finish" / "table").read_text()
+    assert text.startswith("# demo: FINISHED\n\n| protocol")
+    assert "- ffn-p version 1: champion: there is no champion yet" in text
+    assert text.endswith(
+        f"MLflow: http://127.0.0.1:5000/#/experiments/{parent.info.experiment_id}/runs/{steps.parent}?workflowType=machine_learning\n"
     )
+    page = (tmp_path / "finish" / "report").read_text()
+    assert page.count("data:image/png;base64,") == 4  # results, two learning curves, the confusion of the fusion
+    assert "http://" not in page.replace("http://127.0.0.1:5000", "")
+    header, _, row = text.splitlines()[2:5]
     assert header.split() == ["|", "protocol", "|", "j", "|", "b", "|", "2s", "|"]
     assert row.split()[-2] == f"{100 * float(version.tags['top1']):.1f}"
+
+
+def ended(job: str, root: Path, status: str = "SUCCEEDED") -> dict[str, float]:
+    """What `finish` returns; it writes below `root`."""
+    folder = root / "finish"
+    found = finish(job=job, status=status, table=folder / "table", metrics=folder / "metrics", report=folder / "report")
+    return dict(found)
 
 
 def test_the_registered_model_is_the_fused_one_with_preprocessing_inside(
@@ -295,7 +315,9 @@ def test_other_scores_are_another_fusion(store: MlflowClient, tmp_path: Path) ->
     parent = tracking.begin("demo", {})
     for flip in (False, True, True):
         scores = [table(tmp_path / "j.arrow", flip=flip), table(tmp_path / "b.arrow", stream="b")]
-        fuse(scores=scores, parent=parent, out=tmp_path / "fused")
+        facts, classes, matrix = fuse(scores=scores, parent=parent, fused=tmp_path / "fused", confusion=tmp_path / "confusion")
+    assert facts == {"preset": "S4", "protocol": "p", "seed": "0", "top1 2s": "0.5000"}
+    assert (classes, [sum(row) for row in matrix]) == (["x", "y"], [1, 1])
     assert [run.info.run_name for run in children(store, parent)] == ["S4/p/2s"] * 2
 
 
@@ -341,9 +363,12 @@ def test_bad_input_leaves_a_failed_run_and_one_line(
     with pytest.raises(SystemExit) as ended:
         train(
             data=toy.path, protocol="q", stream="j", preset="S4", seed=0, overrides=TINY, checkpoints=tmp_path / "states",
-            parent=steps.parent, out=tmp_path / "out",
+            parent=steps.parent, checkpoint=tmp_path / "out",
         )  # fmt: skip
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"ffn: error: {toy.path}: no protocol 'q': expected one of p"
-    assert children(store, steps.parent)[0].info.status == "FAILED"
+    (child,) = children(store, steps.parent)
+    assert child.info.status == "FAILED"
+    assert child.data.tags["ffn.error"] == f"{toy.path}: no protocol 'q': expected one of p"
+    assert child.data.tags["mlflow.note.content"].startswith("**Failed**: ")
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,15 @@
 """One parent per pipeline run, one child per piece of work, whatever is retried."""
 
+import contextlib
+import fcntl
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from components import tracking
+from components import cluster, tracking
 from components.begin.step import run as begin
 from components.finish.step import run as finish
 from ffn.data.store import SkeletonSet
@@ -16,6 +19,36 @@ from ffn.errors import FFNError
 def children(store: MlflowClient, parent: str) -> list[mlflow.entities.Run]:
     experiment = store.get_run(parent).info.experiment_id
     return list(store.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'"))
+
+
+def begun(run: str = "demo", **given: Any) -> str:
+    inputs: dict[str, Any] = {
+        "job": run, "name": "", "called": "", "resource": "", "resumes": "", "version": "", "source": "here",
+        "source_version": "1", "space": "3d", "presets": ["S4"], "seeds": [0], "overrides": [],
+    }  # fmt: skip
+    return str(begin(**{**inputs, **given}))
+
+
+def ended(run: str, folder: Path, status: str = "SUCCEEDED") -> str:
+    """What a person reads after `finish`."""
+    finish(job=run, status=status, table=folder / "table", metrics=folder / "metrics", report=folder / "report")
+    return (folder / "table").read_text()
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A pod of a cluster; the run's id -> what its Kubernetes says of it."""
+    for name in ("ca.crt", "namespace", "token"):
+        (tmp_path / name).write_text("runs")
+    said: dict[str, str] = {}
+    monkeypatch.setattr(cluster, "ACCOUNT", tmp_path)
+    monkeypatch.setattr(cluster, "TERMINATION", tmp_path / "termination-log")
+    monkeypatch.setattr(cluster, "state", lambda run: said.get(run, "RUNNING"))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("HOSTNAME", "pod-1")
+    monkeypatch.setenv("FFN_KFP_UI", "https://kubeflow.example/pipeline")
+    monkeypatch.setenv("FFN_IMAGE", "registry.example/ffn@sha256:1")
+    return said
 
 
 def test_a_run_of_the_same_name_is_taken_up_again(store: MlflowClient) -> None:
@@ -33,22 +66,126 @@ def test_a_run_of_other_inputs_is_not_taken_up_and_stays_as_it_is(store: MlflowC
     store.set_terminated(first, "FINISHED")
     with pytest.raises(FFNError, match="run 'demo' was begun with preset 'S4', now it is 'S0'; choose another --name"):
         tracking.begin("demo", {"preset": "S0"})
-    finish(name="demo", state="FAILED", out=tmp_path / "table")
+    ended("demo", tmp_path, "FAILED")
     assert store.get_run(first).info.status == "FINISHED"
 
 
 def test_recordings_of_one_version_may_move(store: MlflowClient) -> None:
-    inputs = {"name": "demo", "source_version": "1", "space": "3d", "presets": ["S4"], "seeds": [0], "overrides": []}
-    assert begin(source="here", **inputs) == begin(source="there", **inputs)
+    assert begun(source="here") == begun(source="there")
 
 
-def test_the_run_that_kfp_injected_is_the_parent(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = store.create_experiment("given")
-    given = store.create_run(experiment).info.run_id
-    task = store.create_run(experiment, tags={"mlflow.parentRunId": given}).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", task)
-    assert tracking.begin("demo", {}) == given
-    assert tracking.parent("demo").id == given
+def test_two_runs_of_one_schedule_are_two_and_are_called_by_what_kfp_has(store: MlflowClient, inside: dict[str, str]) -> None:
+    """KFP calls a schedule's runs nothing at all: their resource has a name."""
+    first, second = begun("id-1", resource="ffn-x7k2p"), begun("id-2", resource="ffn-b9c4q")
+    other = begun("id-3", called="Clone of nightly", resource="ffn-q", source_version="2")
+    assert [store.get_run(run).info.run_name for run in (first, second, other)] == ["ffn-x7k2p", "ffn-b9c4q", "Clone of nightly"]
+    assert begun("id-1", resource="ffn-x7k2p") == first  # Argo made the pod again
+
+
+def test_a_run_says_where_it_comes_from_and_so_do_its_children(
+    store: MlflowClient, inside: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FFN_COMMIT", "abc")
+    parent = begun("id-1", version="0123-4567")
+    tracking.note(parent, {"ffn.data_digest": "d"})
+    wanted = {
+        "mlflow.source.git.commit": "abc", "ffn.image": "registry.example/ffn@sha256:1", "ffn.kfp_run": "id-1",
+        "ffn.kfp_url": "https://kubeflow.example/pipeline/#/runs/details/id-1", "ffn.pipeline_version": "0123-4567",
+        "ffn.data_digest": "d",
+    }  # fmt: skip
+    with tracking.child(parent, key="k", kind="train", names=tracking.names("S4", "p", "j", 0)) as track:
+        assert wanted.items() <= store.get_run(track.id).data.tags.items()
+        assert store.get_run(track.id).data.tags["ffn.pod"] == "pod-1"
+    assert tracking.lineage(parent) == {
+        "git_commit": "abc", "image": "registry.example/ffn@sha256:1", "kfp_run": "id-1",
+        "kfp_url": wanted["ffn.kfp_url"], "pipeline_version": "0123-4567", "data_digest": "d", "mlflow_run": parent,
+    }  # fmt: skip
+    assert tracking.lineage("") == {}
+
+
+def open_child(parent: str, key: str, name: str = "S4/p/j") -> str:
+    """A child whose process was killed."""
+    with contextlib.suppress(ZeroDivisionError), tracking.child(parent, key=key, kind="train", name=name) as track:
+        raise ZeroDivisionError
+    MlflowClient().update_run(track.id, "RUNNING")
+    MlflowClient().delete_tag(track.id, "ffn.error")
+    return track.id
+
+
+def test_a_retry_takes_up_the_run_that_failed_and_ends_it_well(store: MlflowClient, inside: dict[str, str], tmp_path: Path) -> None:
+    first = begun("id-1", called="nightly")
+    again, left = open_child(first, "again"), open_child(first, "of data that is no more", "S4/p/b")
+    tracking.record_failure(first, "train S4/p/j", "no room")
+    text = ended("id-1", tmp_path, "FAILED")
+    assert text.startswith("# nightly: FAILED\n\n**FAILED**: train S4/p/j: no room (pod pod-1)\n\n")
+    assert f"**FAILED**: train S4/p/b: {tracking.LOST}" in text
+    assert [store.get_run(run).info.status for run in (first, again, left)] == ["FAILED", "KILLED", "KILLED"]
+
+    assert begun("id-2", called="nightly", resumes="id-1") == first
+    assert tracking.failure(first, "train S4/p/j") == ""
+    with tracking.child(first, key="again", kind="train", name="S4/p/j"):
+        pass
+    text = ended("id-2", tmp_path)
+    assert text.startswith("# nightly: FINISHED\n\nNo results")
+    assert {run.info.run_name: run.info.status for run in [store.get_run(first), *children(store, first)]} == {
+        "nightly": "FINISHED", "S4/p/j": "FINISHED",
+    }  # fmt: skip
+    assert store.get_run(left).info.lifecycle_stage == "deleted"
+
+    # A clone of the retry carries its parameters, and is a run of its own: what it would resume has gone on to finish.
+    assert begun("id-3", called="Clone of nightly", resumes="id-1") != first
+    assert begun("id-4", called="Clone of nightly", resumes="id-2") != first
+
+
+def test_a_failed_step_is_never_inside_a_finished_run(store: MlflowClient, tmp_path: Path) -> None:
+    parent = begun()
+    open_child(parent, "k")
+    assert "FAILED" in ended("demo", tmp_path, "SUCCEEDED")
+    assert store.get_run(parent).info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("state", "status"), [("KILLED", "KILLED"), ("FAILED", "FAILED"), ("RUNNING", "RUNNING"), ("FINISHED", "FAILED")]
+)
+def test_what_a_dead_run_left_open_is_closed_by_the_next_at_that_place(
+    store: MlflowClient, inside: dict[str, str], monkeypatch: pytest.MonkeyPatch, state: str, status: str
+) -> None:
+    dead = begun("id-1")
+    child = open_child(dead, "k")
+    inside["id-1"] = state
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster, "where", lambda: "elsewhere")
+        begun("id-2")
+    assert store.get_run(dead).info.status == "RUNNING"
+    begun("id-3")
+    assert store.get_run(dead).info.status == status
+    assert store.get_run(child).info.status == ("RUNNING" if state == "RUNNING" else "KILLED")
+
+
+def test_on_one_machine_a_run_is_dead_when_nobody_holds_its_lock(
+    store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FFN_LOCKS", str(tmp_path / "logs"))
+    runs = {}
+    for name in ("dead", "alive", "cleared"):
+        with monkeypatch.context() as patched:
+            patched.setattr(tracking, "close_dead", lambda *_: [])
+            runs[name] = begun(name)
+    for name in ("dead", "alive"):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+        (tmp_path / "logs" / name / "lock").touch()
+    (tmp_path / "logs" / "next").mkdir()
+    with (tmp_path / "logs" / "alive" / "lock").open("w") as lock, (tmp_path / "logs" / "next" / "lock").open("w") as own:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(own, fcntl.LOCK_EX)
+        runs["next"] = begun("next")
+    assert {name: store.get_run(run).info.status for name, run in runs.items()} == {
+        "dead": "KILLED", "alive": "RUNNING", "cleared": "KILLED", "next": "RUNNING",
+    }  # fmt: skip
+
+
+def test_where_no_run_was_opened_the_result_says_so(store: MlflowClient, tmp_path: Path) -> None:
+    assert "begin**: no run was opened" in ended("id-9", tmp_path, "FAILED").replace("FAILED**: begin", "begin**")
 
 
 def test_a_retried_piece_of_work_is_one_run_with_one_value_per_step(store: MlflowClient, toy: SkeletonSet) -> None:
@@ -107,7 +244,7 @@ def test_equal_work_under_two_parents_is_two_runs(store: MlflowClient) -> None:
 def test_a_version_that_is_not_there_is_named(store: MlflowClient) -> None:
     with pytest.raises(FFNError, match=r"models:/ffn-p/7: no such model version"):
         tracking.at("models:/ffn-p/7")
-    with pytest.raises(FFNError, match="no pipeline run called 'demo'"):
+    with pytest.raises(FFNError, match="no pipeline run 'demo'"):
         tracking.parent("demo")
 
 
@@ -129,5 +266,5 @@ def test_every_way_kfp_says_how_it_ended_is_understood(
     with tracking.child(parent, key="k", name="ingest", kind="ingest") as track:
         pass
     store.set_terminated(track.id, child)
-    finish(name="demo", state=state, out=tmp_path / "table")
+    ended("demo", tmp_path, state)
     assert store.get_run(parent).info.status == status

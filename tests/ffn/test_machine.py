@@ -1,5 +1,7 @@
 """What of this machine a process may use: its cores, and code compiled for them."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numba
@@ -32,6 +34,42 @@ def test_code_is_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPa
     numba_njit = numba.njit
     monkeypatch.setattr(numba, "njit", njit)
     assert machine.compiled(lambda x: x.sum())(np.arange(4)) == 6
+
+
+@pytest.mark.slow
+def test_loops_run_where_openmp_is_not_complete() -> None:
+    """numba brings its layer, which is found, but a library that the layer needs is missing: numba's own choice runs the loops."""
+    code = """
+import importlib.machinery, sys
+
+class Broken(importlib.machinery.ExtensionFileLoader):
+    def create_module(self, spec):
+        raise ImportError("libgomp.so.1.0.0: cannot open shared object file: No such file or directory")
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numba.np.ufunc.omppool":
+            return importlib.machinery.ModuleSpec(name, Broken(name, "omppool.so"), origin="omppool.so")
+
+sys.meta_path.insert(0, Finder())
+import numba, numpy as np
+from ffn.machine import compiled_in_parallel
+
+def doubled(x):
+    for i in numba.prange(len(x)):
+        x[i] *= 2
+
+x = np.ones(9)
+for _ in range(2):
+    compiled_in_parallel(doubled)(x)
+print(x.sum(), numba.threading_layer())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    total, layer = done.stdout.split()
+    assert (total, layer != "omp") == ("36.0", True)
+    (line,) = [line for line in done.stderr.splitlines() if "OpenMP" in line]
+    assert line.startswith("compiled loops without OpenMP's threads: libgomp.so.1.0.0: cannot open")
 
 
 @pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from mlflow import MlflowClient, artifacts
 from mlflow.exceptions import MlflowException, RestException
 
@@ -215,9 +216,44 @@ def test_accounts_part_what_their_holders_may_do(platform: Parts, monkeypatch: p
         mlflow.set_tag(run.info.run_id, "mine", "now")
     with pytest.raises((MlflowException, RestException), match=r"(?i)permission denied|403"):
         mlflow.set_registered_model_alias(MODEL, "champion", "1")
+    assert champion("of-nobody") == ""  # no refusal: who follows it waits for the first
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another")
     with pytest.raises(MlflowException, match=r"(?i)401|not authenticated"):
         mlflow.search_experiments()
+
+
+def test_pages_post_from_the_addresses_that_are_named(platform: Parts) -> None:
+    """As a browser does: with the page's origin. Once with the settings of the manifests, once with those of docs/operations.md."""
+    settings = platform.settings("mlflow")
+    inside = settings["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+    assert [origin.removeprefix("http://") for origin in inside] == settings["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")[
+        : len(inside)
+    ]
+    own = dict(re.findall(r"- (MLFLOW_SERVER_\w+)=(\S+)", (ROOT / "docs" / "operations.md").read_text()))
+    (outside,), (host, *_) = (
+        own[name].split(",") for name in ("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", "MLFLOW_SERVER_ALLOWED_HOSTS")
+    )
+    account = platform.client()
+    signed_in = (account["MLFLOW_TRACKING_USERNAME"], account["MLFLOW_TRACKING_PASSWORD"])
+
+    def posted(host: str, origin: str) -> int:
+        search = f"{platform.uri}/ajax-api/2.0/mlflow/experiments/search"
+        headers = {"Host": host} | ({"Origin": origin} if origin else {})
+        return requests.post(search, json={"max_results": 1}, headers=headers, auth=signed_in, timeout=30).status_code
+
+    for origin in (*inside, ""):
+        assert posted(inside[0].removeprefix("http://"), origin) == 200, origin
+    assert posted(inside[0].removeprefix("http://"), outside) == 403
+    platform.stop("mlflow")
+    platform.start("mlflow", **own)
+    try:
+        assert [posted(host, origin) for origin in (outside, "", "https://elsewhere.example", "http://mlflow.example")] == [
+            200, 200, 403, 403,
+        ]  # fmt: skip
+        assert posted("elsewhere.example", "") == 403
+    finally:
+        platform.stop("mlflow")
+        platform.start("mlflow")
 
 
 @after_a_run
@@ -230,6 +266,33 @@ def test_a_database_that_breaks_is_named_and_taken_up_again(platform: Parts, mon
     platform.start("postgres")
     mlflow.log_param(run.info.run_id, "seed", 1)
     assert mlflow.get_run(run.info.run_id).data.params == {"seed": "1"}
+
+
+def test_a_server_waits_for_a_database_that_starts_with_it(platform: Parts) -> None:
+    def preparing(**settings: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            platform.command("prepare"), env=platform.environment("prepare", PYTHONUNBUFFERED="1", **settings),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def waits(process: "subprocess.Popen[str]") -> str:
+        assert process.stdout
+        return next(line for line in process.stdout if line.startswith("waiting"))
+
+    nowhere = preparing(PGHOST="database.invalid")
+    line = waits(nowhere)
+    nowhere.kill()
+    nowhere.communicate()
+    assert re.match(r"waiting for PostgreSQL at database\.invalid:\d+: .*database\.invalid", line)
+    platform.stop("postgres")
+    waiting = preparing()
+    try:
+        line = waits(waiting)
+    finally:
+        platform.start("postgres")
+    assert line.startswith(f"waiting for PostgreSQL at 127.0.0.1:{platform.ports['postgres']}: ")
+    assert waiting.communicate(timeout=120)[0].splitlines()[-1] == "prepared: tables migrated, accounts made"
+    assert waiting.returncode == 0
 
 
 @after_a_run

@@ -41,14 +41,8 @@ def named(objects: Objects, kind: str, name: str) -> dict[str, Any]:
 
 
 def pod(item: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
-    """Labels and spec of the pods that an object makes; None for one that makes none.
-
-    Those of a TrainingRuntime have neither image nor resources: a TrainJob adds them.
-    """
+    """Labels and spec of the pods that an object makes; None for one that makes none."""
     spec = item.get("spec", {})
-    if item["kind"] == "TrainingRuntime":
-        (job,) = spec["template"]["spec"]["replicatedJobs"]
-        spec = job["template"]["spec"]
     if item["kind"] == "CronJob":
         spec = spec["jobTemplate"]["spec"]
     if item["kind"] == "InferenceService":

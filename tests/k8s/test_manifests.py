@@ -3,16 +3,16 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.settings import Settings
 from tests.k8s.conftest import K8S, OVERLAYS, ROOT, Objects, containers, env_file, named, pod, render
 
 KUBERNETES = ("1.31", "1.34", "1.37")
-CUSTOM = {"InferenceService", "TrainingRuntime"}
+CUSTOM = {"InferenceService"}
 """Kinds that Kubernetes has no schema of."""
 RESTRICTED_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 
@@ -34,7 +34,6 @@ def test_what_overlays_hold() -> None:
     assert {("StatefulSet", "postgres"), ("Deployment", "s3")} <= kinds["dev"]
     assert {("Deployment", "serving"), ("ResourceQuota", "ffn-gpus")} <= kinds["prod"]
     assert ("StatefulSet", "postgres") not in kinds["prod"]
-    assert kinds["trainer"] - kinds["prod"] >= {("TrainingRuntime", "ffn"), ("Role", "ffn-trainjobs")}
     assert ("InferenceService", "serving") in kinds["kserve"]
     assert ("Deployment", "serving") not in kinds["kserve"]
     # An API server without the operators of others takes these.
@@ -73,7 +72,7 @@ def test_namespaces_enforce_a_security_standard(objects: Objects) -> None:
 
 def test_containers_are_bounded_and_probed(objects: Objects) -> None:
     for item in objects:
-        if not (made := pod(item)) or item["kind"] == "TrainingRuntime":
+        if not (made := pod(item)):
             continue
         for container in containers(made[1]):
             for what in ("requests", "limits"):
@@ -86,11 +85,11 @@ def test_containers_are_bounded_and_probed(objects: Objects) -> None:
 
 
 def test_production_runs_images_by_digest() -> None:
-    for overlay in ("prod", "kserve", "trainer"):
+    for overlay in ("prod", "kserve"):
         images = {
             container["image"]
             for item in render(K8S / "overlays" / overlay)
-            if item["kind"] != "TrainingRuntime" and (made := pod(item))
+            if (made := pod(item))
             for container in containers(made[1])
         }
         assert len(images) == 1
@@ -114,6 +113,33 @@ def test_roles_name_what_they_allow(objects: Objects) -> None:
             assert (subject.get("namespace"), subject["name"]) in accounts
         if made := pod(item):
             assert (item["metadata"]["namespace"], made[1]["serviceAccountName"]) in accounts
+
+
+def test_a_step_may_ask_which_runs_go_on(objects: Objects) -> None:
+    rules = named(objects, "Role", "ffn-pipeline")["rules"]
+    assert {"apiGroups": ["argoproj.io"], "resources": ["workflows"], "verbs": ["get", "list"]} in rules
+
+
+@pytest.mark.parametrize(
+    ("overlay", "kind", "path"),
+    [
+        ("prod", "Deployment", "/apis/apps/v1/namespaces/ffn/deployments/"),
+        ("kserve", "InferenceService", "/apis/serving.kserve.io/v1beta1/namespaces/ffn/inferenceservices/"),
+    ],
+)
+def test_the_follower_may_change_what_is_served(overlay: str, kind: str, path: str) -> None:
+    """As it is sent: kustomize rewrites names that it takes for a generated ConfigMap's."""
+    objects = render(K8S / "overlays" / overlay)
+    served = named(objects, kind, "serving")
+    (rule,) = named(objects, "Role", "serving-follow")["rules"]
+    assert rule["apiGroups"] == [served["apiVersion"].split("/")[0]]
+    assert rule["resources"] == [f"{kind.lower()}s"]
+    assert rule["resourceNames"] == [served["metadata"]["name"]]
+    job = named(objects, "CronJob", "serving-follow")
+    (container,) = containers(pod(job)[1])
+    assert container["args"][1] == path + rule["resourceNames"][0]
+    # Where policies are enforced a second after a pod's start, its first question gets no answer.
+    assert (job["spec"]["jobTemplate"]["spec"]["backoffLimit"], pod(job)[1]["restartPolicy"]) == (3, "OnFailure")
 
 
 def test_only_who_asks_the_cluster_gets_its_token(objects: Objects) -> None:
@@ -160,20 +186,14 @@ def test_who_may_reach_whom() -> None:
     mlflow = ("ffn", {"app.kubernetes.io/name": "mlflow"})
     for objects in (dev, prod):
         assert reaches(objects, ("kubeflow", step), mlflow, 5000)
-        assert reaches(objects, ("kubeflow", {"app": "ml-pipeline"}), mlflow, 5000)
         assert not reaches(objects, ("default", step), mlflow, 5000)
-        assert not reaches(objects, ("kubeflow", {"app": "other"}), mlflow, 5000)
+        assert not reaches(objects, ("kubeflow", {"app": "ml-pipeline"}), mlflow, 5000)
     assert reaches(dev, mlflow, ("ffn", {"app.kubernetes.io/name": "postgres"}), 5432)
     assert reaches(dev, mlflow, ("ffn", {"app.kubernetes.io/name": "s3"}), 9000)
     assert reaches(dev, ("kubeflow", step), ("ffn", {"app.kubernetes.io/name": "s3"}), 9000)
     assert not reaches(dev, ("kubeflow", step), ("ffn", {"app.kubernetes.io/name": "postgres"}), 5432)
     for name in ("serving", "serving-follow"):
         assert reaches(prod, ("ffn", pod(named(prod, "Deployment" if name == "serving" else "CronJob", name))[0]), mlflow, 5000)
-    trainer = render(K8S / "overlays" / "trainer")
-    worker = ("kubeflow", pod(named(trainer, "TrainingRuntime", "ffn"))[0])
-    assert reaches(trainer, worker, worker, 29500)
-    assert not reaches(trainer, worker, mlflow, 5000)
-    assert not reaches(trainer, ("kubeflow", step), worker, 29500)
 
 
 def test_secrets_are_named_and_never_kept(objects: Objects, tmp_path: Path) -> None:
@@ -238,16 +258,16 @@ def test_pods_fit_the_quota(objects: Objects) -> None:
     assert 0 < asked <= cores(hard["requests.cpu"])
 
 
-def test_kfp_is_pinned_and_sends_runs_to_this_mlflow() -> None:
-    text = (K8S / "kfp" / "kustomization.yaml").read_text()
-    versions = set(re.findall(r"\?ref=([\w.]+)", text))
+def test_kfp_is_installed_in_the_version_that_compiles_and_its_steps_know_mlflow() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    versions = set(re.findall(r"\?ref=([\w.]+)\"", page))
     (pin,) = re.findall(r"^kfp==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert versions == {pin}
-    plugin = json.loads((K8S / "kfp" / "config.json").read_text())["plugins"]["mlflow"]
+    (uri,) = set(re.findall(r"MLFLOW_TRACKING_URI=(http://mlflow\S+)", page))
     service = named(render(K8S / "overlays" / "dev"), "Service", "mlflow")
-    assert plugin["endpoint"] == f"http://mlflow.{service['metadata']['namespace']}:{service['spec']['ports'][0]['port']}"
+    assert uri == f"http://mlflow.{service['metadata']['namespace']}:{service['spec']['ports'][0]['port']}"
     hosts = env_file(K8S / "base" / "mlflow.env")["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
-    assert plugin["endpoint"].removeprefix("http://") in hosts
+    assert uri.removeprefix("http://") in hosts
 
 
 def cores(quantity: str) -> float:
@@ -296,22 +316,32 @@ def _peer(peer: dict[str, Any], own: Place, other: Place) -> bool:
     return same and selects(peer.get("podSelector", {}), other[1])
 
 
-def test_the_pods_of_a_trainjob_mount_what_the_steps_mount() -> None:
-    objects = render(K8S / "overlays" / "trainer")
-    _, spec = pod(named(objects, "TrainingRuntime", Settings().runtime))
-    (container,) = spec["containers"]
-    where = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert where == {"checkpoints": Settings().checkpoints, "shm": "/dev/shm", "tmp": "/tmp"}
-    claims = [volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
-    assert claims == [Settings().checkpoints_claim]
-    assert named(objects, "PersistentVolumeClaim", claims[0])
+def test_the_checkpoints_are_proven_writable_for_what_the_steps_are() -> None:
+    """A volume is handed over by a pod with fsGroup, and proven by one that has none, as the steps have none."""
+    users = set(re.findall(r"^USER (\d+):(\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
+    objects = render(K8S / "overlays" / "prod")
+    securities = {
+        item["metadata"]["name"]: made[1]["securityContext"]
+        for item in objects
+        if (made := pod(item)) and any("persistentVolumeClaim" in volume for volume in made[1].get("volumes", []))
+    }
+    assert set(securities) == {"ffn-checkpoints", "ffn-checkpoints-writable"}
+    for security in securities.values():
+        assert {(str(security["runAsUser"]), str(security["runAsGroup"]))} == users
+    assert str(securities["ffn-checkpoints"]["fsGroup"]) == next(iter(users))[1]
+    assert not {"fsGroup", "supplementalGroups"} & set(securities["ffn-checkpoints-writable"])
 
 
-def test_all_who_write_to_the_checkpoints_are_of_one_group() -> None:
-    """Another fsGroup would hand the volume to another group, and the steps, which have none, would lose it."""
-    (user,) = re.findall(r"^USER (\d+):(\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    for item in render(K8S / "overlays" / "trainer"):
-        if (made := pod(item)) and any("persistentVolumeClaim" in volume for volume in made[1].get("volumes", [])):
-            security = made[1]["securityContext"]
-            assert [str(security[name]) for name in ("runAsUser", "runAsGroup")] == list(user), item["metadata"]["name"]
-            assert str(security["fsGroup"]) == user[1], item["metadata"]["name"]
+def test_the_proof_fails_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (container,) = pod(named(render(K8S / "overlays" / "prod"), "Job", "ffn-checkpoints-writable"))[1]["containers"]
+    writable = tmp_path / "writable"
+    writable.mkdir()
+
+    def proven(folder: Path) -> "subprocess.CompletedProcess[str]":
+        command = [word.replace("/mnt/checkpoints", str(folder)).replace("seq 600", "seq 1") for word in container["command"]]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert (proven(writable).returncode, list(writable.iterdir())) == (0, [])
+    refused = proven(tmp_path / "missing")
+    assert refused.returncode != 0
+    assert "cannot write to ffn-checkpoints" in refused.stderr

@@ -1,4 +1,10 @@
-"""A KFP API for tests: as strict about bodies as the real one, and as faulty as a test tells it to be."""
+"""A KFP API for tests that is as faulty as a test tells it to be: what a network does to it, tests/cluster cannot provoke.
+
+What it answers is what KFP 2.17.0 answers (paths below backend/src/ of kubeflow/pipelines): bodies have no other fields than
+backend/api/v2beta1/{run,recurring_run,pipeline,experiment}.proto; a name that is taken is refused
+(apiserver/storage/pipeline_store.go:756); a run that was asked to end goes to CANCELING (apiserver/model/run.go:34) and ends
+FAILED, as seen on a real server.
+"""
 
 import json
 import re
@@ -12,14 +18,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import yaml
+
 Json = dict[str, Any]
 
 RUN = {
-    "display_name": str, "description": str, "experiment_id": str, "pipeline_spec": dict, "runtime_config": dict,
-    "service_account": str,
+    "display_name": str, "description": str, "experiment_id": str, "pipeline_version_reference": dict, "runtime_config": dict,
+    "service_account": str, "plugins_input": dict,
 }  # fmt: skip
 SCHEDULE = {**RUN, "mode": str, "max_concurrency": str, "no_catchup": bool, "trigger": dict}
 EXPERIMENT = {"display_name": str, "namespace": str}
+PIPELINE = {"display_name": str, "name": str, "namespace": str}
+IDENTITY = {"runs": "run_id", "recurringruns": "recurring_run_id", "experiments": "experiment_id", "pipelines": "pipeline_id"}
 
 
 class Fault:
@@ -37,6 +47,8 @@ class FakeKFP:
         self.experiments: list[Json] = []
         self.runs: list[Json] = []
         self.recurringruns: list[Json] = []
+        self.pipelines: list[Json] = []
+        self.versions: list[Json] = []
         self.faults: list[Fault] = []
         self.asked: list[str] = []
         self.headers: list[dict[str, str]] = []
@@ -49,6 +61,10 @@ class FakeKFP:
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> tuple[int, Any]:
         kind, _, rest = path.removeprefix("/apis/v2beta1/").partition("/")
         with self.lock:
+            if kind == "pipelines" and rest == "upload_version":
+                return self._upload(query, body)
+            if kind == "pipelines" and "/versions" in rest:
+                kind, rest = "versions", rest.partition("/versions")[2].strip("/")
             store: list[Json] = getattr(self, kind, None)  # type: ignore[assignment]
             if store is None:
                 return 404, {"code": 5, "message": f"no {path}"}
@@ -64,34 +80,52 @@ class FakeKFP:
                 store.remove(entry)
                 return 200, {}
             if action == "terminate":
-                entry["state"] = "CANCELED"
-            elif action == "retry":
-                if entry["state"] not in ("FAILED", "CANCELED"):
-                    return 400, {"code": 3, "message": "only a failed run can be retried"}
-                entry["state"] = "RUNNING"
-            elif action == "enable":
-                entry["status"] = "ENABLED"
+                entry["state"] = "FAILED"
+                entry["state_history"] = [{"state": "RUNNING"}, {"state": "CANCELING"}, {"state": "FAILED"}]
+            elif action == "archive":
+                entry["storage_state"] = "ARCHIVED"
+            elif action in ("enable", "disable"):
+                entry["status"] = action.upper() + "D"
             elif kind == "runs" and self.states:
                 entry.update(self.states.pop(0) if len(self.states) > 1 else self.states[0])  # type: ignore[arg-type]
             return 200, {} if action else entry
 
     def _create(self, kind: str, store: list[Json], body: Any) -> tuple[int, Any]:
-        contract = {"runs": RUN, "recurringruns": SCHEDULE, "experiments": EXPERIMENT}[kind]
+        contract = {"runs": RUN, "recurringruns": SCHEDULE, "experiments": EXPERIMENT, "pipelines": PIPELINE}[kind]
         if not isinstance(body, dict) or not body.get("display_name"):
             return 400, {"code": 3, "message": "display_name is required"}
         for key, value in body.items():
             if key not in contract or not isinstance(value, contract[key]):
                 return 400, {"code": 3, "message": f"unknown field {key!r} or wrong type"}
-        if kind == "experiments" and any(entry["display_name"] == body["display_name"] for entry in store):
+        named = kind in ("experiments", "pipelines")
+        if named and any(entry["display_name"] == body["display_name"] for entry in store):
             return 409, {"code": 6, "message": "already exists"}
-        if kind != "experiments" and set(body["runtime_config"]) != {"parameters"}:
+        if not named and set(body["runtime_config"]) != {"parameters"}:
             return 400, {"code": 3, "message": "runtime_config"}
+        if not named and body["pipeline_version_reference"] not in [
+            {name: version[name] for name in ("pipeline_id", "pipeline_version_id")} for version in self.versions
+        ]:
+            return 404, {"code": 5, "message": "no such pipeline version"}
         if kind == "recurringruns" and not re.fullmatch(r"\S+( \S+){5}", body["trigger"]["cron_schedule"]["cron"]):
             return 400, {"code": 3, "message": "cron"}
         made = {**body, "created_at": f"2026-01-01T00:00:{len(store):02d}Z"}
-        made[{"runs": "run_id", "recurringruns": "recurring_run_id", "experiments": "experiment_id"}[kind]] = str(uuid.uuid4())
+        made[IDENTITY[kind]] = str(uuid.uuid4())
         made |= {"state": "PENDING"} if kind == "runs" else {"status": "ENABLED"} if kind == "recurringruns" else {}
         store.append(made)
+        return 200, made
+
+    def _upload(self, query: dict[str, str], file: Any) -> tuple[int, Any]:
+        """Source: apiserver/server/pipeline_upload_server.go:245 (`uploadPipelineVersion`)."""
+        if b'name="uploadfile"' not in file:
+            return 400, {"error_message": "Failed to create a pipeline version"}
+        if any(version["display_name"] == query["display_name"] for version in self.versions):
+            return 409, {"code": 6, "message": "already exists"}
+        made = {
+            "pipeline_id": query["pipelineid"], "pipeline_version_id": str(uuid.uuid4()),
+            **{name: query[name] for name in ("name", "display_name", "description")},
+            "pipeline_spec": next(yaml.safe_load_all(file.partition(b"\r\n\r\n")[2].rpartition(b"\r\n--")[0])),
+        }  # fmt: skip
+        self.versions.append(made)
         return 200, made
 
     def _list(self, kind: str, store: list[Json], query: dict[str, str]) -> tuple[int, Any]:
@@ -101,11 +135,11 @@ class FakeKFP:
         found = [
             entry
             for entry in store
-            if (not predicate or entry[predicate["key"]] == predicate["string_value"])
+            if (not predicate or entry.get(predicate["key"]) == predicate["string_value"])
             and (not experiment or entry.get("experiment_id") == experiment)
         ]
         start = int(query.get("page_token") or 0)
-        page = {"recurringruns": "recurringRuns"}.get(kind, kind)
+        page = {"recurringruns": "recurringRuns", "versions": "pipeline_versions"}.get(kind, kind)
         more = {"next_page_token": str(start + 2)} if len(found) > start + 2 else {}
         return 200, {page: found[start : start + 2], "total_size": len(found), **more}
 
@@ -128,7 +162,9 @@ def serving(kfp: FakeKFP) -> Iterator[str]:
             if fault and fault.kind == "reset" and not fault.applied:
                 self.hang_up()  # before the body was read: in mid-upload
                 return
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            upload = (self.headers.get("Content-Type") or "").startswith("multipart/form-data")
+            body = content if upload else json.loads(content or "null")
             query = {key: values[0] for key, values in parse_qs(split.query).items()}
             status, answer = 401, {"code": 16, "message": "who are you?"}
             if not kfp.token or self.headers.get("Authorization") == f"Bearer {kfp.token}":

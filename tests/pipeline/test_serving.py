@@ -17,7 +17,14 @@ from pipeline.serving import ANNOTATION, follow, main, probe
 DEPLOYMENT = "/apis/apps/v1/namespaces/ffn/deployments/serving"
 INFERENCE = "/apis/serving.kserve.io/v1beta1/namespaces/ffn/inferenceservices/serving"
 
+SEARCH = "GET /api/2.0/mlflow/registered-models/search"
+
 Answer = tuple[int, Any]
+
+
+def model(**aliases: str) -> Any:
+    """A model of the search's answer."""
+    return {"name": "m", "aliases": [{"alias": alias, "version": version} for alias, version in aliases.items()]}
 
 
 class Server:
@@ -59,7 +66,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", started.address)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "serving")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "of the pods")
-    started.answers["GET /api/2.0/mlflow/registered-models/alias"] = (200, {"model_version": {"name": "m", "version": "3"}})
+    started.answers[SEARCH] = (200, {"registered_models": [model(challenger="4", champion="3")]})
     yield started
     started.http.shutdown()
     started.http.server_close()
@@ -78,9 +85,9 @@ def test_the_champion_takes_the_place_of_what_is_served(server: Server, target: 
     server.answers[f"GET {target}"] = (200, shape("2"))
     server.answers[f"PATCH {target}"] = (200, {})
     assert follow("m", target) == "m: version 3 takes the place of 2"
-    alias, read, patched = server.asked
-    assert alias[1].endswith("?name=m&alias=champion")
-    assert alias[2]["Authorization"] == "Basic " + base64.b64encode(b"serving:of the pods").decode()
+    search, read, patched = server.asked
+    assert search[1].endswith("?filter=name+%3D+%27m%27")
+    assert search[2]["Authorization"] == "Basic " + base64.b64encode(b"serving:of the pods").decode()
     assert read[2]["Authorization"] == patched[2]["Authorization"] == "Bearer of the pod"
     assert patched[2]["Content-Type"] == "application/merge-patch+json"
     assert patched[3] == shape("3")
@@ -98,9 +105,15 @@ def test_the_first_champion_is_served(server: Server) -> None:
     assert follow("m", DEPLOYMENT) == "m: version 3 takes the place of nothing"
 
 
-@pytest.mark.parametrize("answer", [(404, {}), (400, {"error_code": "INVALID_PARAMETER_VALUE"})])
-def test_without_a_champion_nothing_changes(server: Server, answer: Answer) -> None:
-    server.answers["GET /api/2.0/mlflow/registered-models/alias"] = answer
+@pytest.mark.parametrize("answer", [{}, {"registered_models": [{"name": "m"}]}, {"registered_models": [model(challenger="4")]}])
+def test_without_a_champion_nothing_changes(server: Server, answer: Any) -> None:
+    """No such model, no alias, another alias.
+
+    Of the model's alias nobody but an administrator may ask before there is a model: MLflow 3.17.2 answers status 403 in place of
+    404 (mlflow/server/auth/__init__.py: line 2390 knows no target, 2357 lets nobody read it, 5398 forbids).
+    """
+    server.answers["GET /api/2.0/mlflow/registered-models/alias"] = (403, "Permission denied")
+    server.answers[SEARCH] = (200, answer)
     assert follow("m", DEPLOYMENT).startswith("m: no champion yet")
     assert len(server.asked) == 1
 
@@ -111,7 +124,7 @@ def test_refusals_are_named_and_change_nothing(
     server.answers[f"GET {DEPLOYMENT}"] = (403, {"message": "forbidden"})
     assert main(["follow", "m", DEPLOYMENT]) == 2
     assert f"ffn: error: GET {DEPLOYMENT}: status 403" in capsys.readouterr().err
-    server.answers["GET /api/2.0/mlflow/registered-models/alias"] = (401, "who?")
+    server.answers[SEARCH] = (401, "who?")
     with pytest.raises(FFNError, match="status 401 for the champion of m"):
         follow("m", DEPLOYMENT)
     assert not [request for request in server.asked if request[0] == "PATCH"]

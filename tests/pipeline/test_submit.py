@@ -1,11 +1,9 @@
 """Submitting, watching and scheduling against a KFP API that answers, fails, hangs up and forgets."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,14 @@ import yaml
 
 from ffn.errors import FFNError
 from pipeline import submit as kfp
+from pipeline import watch as watching
 from pipeline.cli import main
 from pipeline.server import Endpoint, Refused, Server, Unreachable
-from pipeline.submit import Pipeline, Status
+from pipeline.submit import Pipeline
+from pipeline.watch import Status
 from tests.pipeline.kfp_server import FakeKFP, Fault, serving
 
+OPTIONAL = ("name", "source_version", "space", "resumes")
 IMAGE = "registry.example/ffn@sha256:" + "0" * 64
 
 
@@ -65,7 +66,7 @@ def compiled(tmp_path: Path) -> Path:
             "inputDefinitions": {
                 "parameters": {
                     "source": {"parameterType": "STRING"},
-                    **{name: {"defaultValue": "", "parameterType": "STRING"} for name in ("name", "source_version", "space")},
+                    **{name: {"defaultValue": "", "parameterType": "STRING"} for name in OPTIONAL},
                     "overrides": {"defaultValue": [], "parameterType": "LIST"},
                 }
             },
@@ -99,9 +100,35 @@ def test_a_run_is_made_once_and_then_found(server: Server, fake: FakeKFP, pipeli
     (run,) = fake.runs
     assert run["runtime_config"] == {"parameters": {"source": "/mnt/data/a"}}
     assert run["service_account"] == "ffn-pipeline"
-    assert set(run["pipeline_spec"]) == {"pipeline_spec", "platform_spec"}
+    assert run["plugins_input"] == {"mlflow": {"disabled": True}}
     assert submitted(server, pipeline) == (first, "found")
-    assert posts(fake) == ["POST experiments", "POST runs"]
+    assert posts(fake) == ["POST experiments", "POST pipelines", "POST pipelines/upload_version", "POST runs"]
+
+
+def test_runs_are_of_an_uploaded_version_named_by_image_and_graph(
+    server: Server, fake: FakeKFP, pipeline: Pipeline, compiled: Path
+) -> None:
+    submitted(server, pipeline)
+    (owner,), (version,), (run,) = fake.pipelines, fake.versions, fake.runs
+    assert owner["display_name"] == "ffn"
+    image, graph = version["display_name"].split("-")
+    assert (image, len(graph)) == ("0" * 12, 12)
+    assert run["pipeline_version_reference"]["pipeline_version_id"] == version["pipeline_version_id"]
+    kfp.submit(server, kfp.load(compiled, {"source": "/mnt/data/b"}), name="other", experiment="ffn")
+    assert len(fake.versions) == 1  # the same graph on other data
+    compiled.write_text(compiled.read_text().replace("begin", "start"))
+    kfp.submit(server, kfp.load(compiled, {"source": "/mnt/data/a"}), name="third", experiment="ffn")
+    assert len(fake.versions) == 2
+
+
+@pytest.mark.parametrize("request_", ["POST pipelines", "POST pipelines/upload_version"])
+@pytest.mark.parametrize("applied", [False, True], ids=["lost", "done"])
+def test_a_broken_upload_never_makes_two_versions(
+    server: Server, fake: FakeKFP, pipeline: Pipeline, request_: str, applied: bool
+) -> None:
+    fake.faults = [Fault(request_, "reset", applied=applied)]
+    submitted(server, pipeline)
+    assert (len(fake.pipelines), len(fake.versions)) == (1, 1)
 
 
 def test_a_name_is_not_given_to_other_inputs(server: Server, fake: FakeKFP, pipeline: Pipeline, compiled: Path) -> None:
@@ -135,17 +162,32 @@ def test_trouble_while_looking_is_no_reason_to_make_another(server: Server, fake
     assert submitted(server, pipeline) == (first, "found")
 
 
-def test_of_two_jobs_at_one_moment_the_first_run_stays(server: Server, fake: FakeKFP, pipeline: Pipeline) -> None:
+def test_of_two_jobs_at_one_moment_the_first_run_stays_and_is_the_run(
+    server: Server, fake: FakeKFP, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Late(Server):
         """Does not see the run that another job is making."""
 
-        def create(self, path: str, body: Any, find: Any) -> Any:
-            return super().create(path, body, find if path == "experiments" else lambda: None)
+        def create(self, path: str, body: Any, find: Any, **more: Any) -> Any:
+            return super().create(path, body, (lambda: None) if path == "runs" else find, **more)
 
-    first, _ = submitted(server, pipeline)
     late = Late(**{name: getattr(server, name) for name in Server.__dataclass_fields__})
+    first, _ = submitted(late, pipeline)
+    list_ = FakeKFP._list
+
+    def unseen(self: FakeKFP, kind: str, store: list[Any], query: dict[str, str]) -> Any:
+        """The first look at the runs comes before the other job's run is there."""
+        if kind == "runs":
+            monkeypatch.setattr(FakeKFP, "_list", list_)
+            return 200, {"runs": []}
+        return list_(self, kind, store, query)
+
+    monkeypatch.setattr(FakeKFP, "_list", unseen)
     assert submitted(late, pipeline)[0] == first
-    assert [run["state"] for run in fake.runs] == ["PENDING", "CANCELED"]
+    assert [(run["state"], run.get("storage_state")) for run in fake.runs] == [("PENDING", None), ("FAILED", "ARCHIVED")]
+    fake.runs[0]["state"] = "RUNNING"
+    assert submitted(server, pipeline) == (first, "found")
+    assert kfp.run_id(server, "demo", "ffn") == first
 
 
 def test_a_run_beyond_the_first_page_is_found(server: Server, fake: FakeKFP, pipeline: Pipeline) -> None:
@@ -156,16 +198,33 @@ def test_a_run_beyond_the_first_page_is_found(server: Server, fake: FakeKFP, pip
     assert submitted(server, pipeline) == (first, "found")
 
 
-@pytest.mark.parametrize("state", ["FAILED", "CANCELED"])
-def test_a_failed_run_goes_on_where_it_stopped_if_asked_to(server: Server, fake: FakeKFP, pipeline: Pipeline, state: str) -> None:
+@pytest.mark.parametrize("applied", [False, True], ids=["lost", "done"])
+def test_a_retry_is_a_new_run_of_that_name_which_goes_on_with_the_old_one(
+    server: Server, fake: FakeKFP, pipeline: Pipeline, applied: bool
+) -> None:
     first, _ = submitted(server, pipeline)
-    fake.runs[0]["state"] = state
+    fake.runs[0]["state"] = "FAILED"
     assert submitted(server, pipeline) == (first, "found")
-    fake.faults = [Fault(r"POST runs/.*:retry", "reset", applied=True)]
-    assert submitted(server, pipeline, retry=True) == (first, "retried")
-    assert fake.runs[0]["state"] == "RUNNING"
-    assert [asked for asked in posts(fake) if asked.endswith(":retry")] == [f"POST runs/{first}:retry"]
-    assert submitted(server, pipeline, retry=True) == (first, "found")
+    fake.faults = [Fault("POST runs", "reset", applied=applied)]
+    second, done = submitted(server, pipeline, retry=True)
+    assert (done, [run["run_id"] for run in fake.runs]) == ("retried", [first, second])
+    assert fake.runs[1]["runtime_config"]["parameters"] == {"source": "/mnt/data/a", "resumes": first}
+    assert submitted(server, pipeline, retry=True) == (second, "found")  # it goes on
+    fake.runs[1]["state"] = "SUCCEEDED"
+    assert submitted(server, pipeline, retry=True) == (second, "found")
+
+
+@pytest.mark.parametrize(
+    ("states", "best"),
+    [
+        (["FAILED", "RUNNING"], 1), (["RUNNING", "FAILED"], 0), (["SUCCEEDED", "FAILED"], 0), (["FAILED", "FAILED"], 1),
+        (["PENDING", "RUNNING"], 0), (["SUCCEEDED", "RUNNING"], 1),
+    ],
+)  # fmt: skip
+def test_of_several_runs_of_a_name_the_one_that_counts(states: list[str], best: int) -> None:
+    assert kfp.best([{"run_id": str(number), "state": state} for number, state in enumerate(states)]) == {
+        "run_id": str(best), "state": states[best],
+    }  # fmt: skip
 
 
 def test_what_the_server_says_of_a_wrong_body_is_passed_on(server: Server, fake: FakeKFP, pipeline: Pipeline) -> None:
@@ -227,6 +286,7 @@ def test_an_endpoint_of_the_wrong_form_is_named(given: dict[str, str], said: str
 
 
 def at(monkeypatch: pytest.MonkeyPatch, **given: str) -> None:
+    monkeypatch.setenv("KUBECONFIG", os.devnull)
     for name in [name for name in os.environ if name.startswith(("FFN_KFP_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
     for name, value in given.items():
@@ -246,7 +306,7 @@ def look(state: str, *tasks: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def watched(server: Server, run: str, hours: float = 1.0) -> tuple[Status, list[str]]:
     said: list[str] = []
-    status = kfp.watch(server, run, hours=hours, poll=0.01, say=said.append)
+    status = watching.watch(server, run, hours=hours, poll=0.01, say=said.append)
     return status, [" ".join(line.split()) for line in said]
 
 
@@ -277,8 +337,14 @@ def test_what_steps_do_is_said_once(server: Server, fake: FakeKFP, pipeline: Pip
 )
 def test_every_end_has_its_status(server: Server, fake: FakeKFP, pipeline: Pipeline, state: str, status: Status) -> None:
     run, _ = submitted(server, pipeline)
-    fake.states = [look("CANCELING"), look("A_STATE_OF_TOMORROW"), look(state)]  # type: ignore[assignment]
+    fake.states = [look("RUNNING"), look("A_STATE_OF_TOMORROW"), look(state)]  # type: ignore[assignment]
     assert watched(server, run)[0] == status
+
+
+def test_a_cancelled_run_is_not_called_failed_though_kfp_does(server: Server, fake: FakeKFP, pipeline: Pipeline) -> None:
+    run, _ = submitted(server, pipeline)
+    fake.states = [look("RUNNING"), look("FAILED", state_history=[{"state": "CANCELING"}, {"state": "FAILED"}])]  # type: ignore[assignment]
+    assert watched(server, run)[0] == Status.CANCELLED
 
 
 def test_a_failed_step_says_why(server: Server, fake: FakeKFP, pipeline: Pipeline) -> None:
@@ -302,7 +368,7 @@ def test_a_server_that_stays_away_is_unreachable(url: str, fake: FakeKFP, server
     run, _ = submitted(server, pipeline)
     fake.faults = [Fault("GET runs/.*", 503, times=10_000)]
     with pytest.raises(Unreachable, match="503 trouble"):
-        kfp.watch(quick(server.endpoint, patience=0.2), run, hours=1, poll=0.01)
+        watching.watch(quick(server.endpoint, patience=0.2), run, hours=1, poll=0.01)
 
 
 def test_the_deadline_holds_in_trouble_too(server: Server, fake: FakeKFP, pipeline: Pipeline) -> None:
@@ -342,8 +408,30 @@ def test_a_replacement_cut_off_is_ended_by_the_same_command(server: Server, fake
     assert len(fake.recurringruns) == 2
     assert put(server, pipeline, "0 3 * * 0")[1] == "replaced"
     assert [entry["trigger"]["cron_schedule"]["cron"] for entry in fake.recurringruns] == ["0 0 3 * * 0"]
-    assert kfp.unschedule(server, "weekly", "ffn") == 1
+    assert [going for _, going in kfp.unschedule(server, "weekly", "ffn")] == [None]
     assert kfp.schedules(server, "ffn") == []
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_schedule_whose_run_goes_on_is_disabled_and_deleted_when_that_has_ended(
+    server: Server, fake: FakeKFP, pipeline: Pipeline, replaced: bool
+) -> None:
+    """KFP deletes the workflow of the run with the schedule: seen on a real server."""
+    first, _ = put(server, pipeline)
+    submitted(server, pipeline)
+    fake.runs[0] |= {"state": "RUNNING", "recurring_run_id": first}
+
+    def end() -> None:
+        if replaced:
+            put(server, pipeline, "0 3 * * 0")
+        else:
+            kfp.unschedule(server, "weekly", "ffn")
+
+    end()
+    assert [entry["status"] for entry in fake.recurringruns if entry["recurring_run_id"] == first] == ["DISABLED"]
+    fake.runs[0]["state"] = "SUCCEEDED"
+    end()
+    assert first not in [entry["recurring_run_id"] for entry in fake.recurringruns]
 
 
 @pytest.mark.parametrize("cron", ["", "daily", "0 2 * *", "0 2 * * 0 1 2", "a;b 2 * * 0"])
@@ -398,8 +486,7 @@ def test_submit_and_watch_in_one_command(
     assert "http://mlflow" in err
     assert run["display_name"].startswith("ffn-")
     assert run["runtime_config"]["parameters"] == {
-        "name": run["display_name"], "source": "/mnt/data/a", "source_version": "", "space": "3d",
-        "overrides": ["training.epochs=3"],
+        "source": "/mnt/data/a", "source_version": "", "space": "3d", "overrides": ["training.epochs=3"],
     }  # fmt: skip
     assert main([*command, "--data-version", "2"]) == 0
     assert len(fake.runs) == 2
@@ -464,7 +551,8 @@ def test_leaving_detaches_or_cancels(
 ) -> None:
     run, _ = submitted(server, pipeline)
     fake.runs[0]["state"] = "RUNNING"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("FFN_")} | {"FFN_KFP_URL": url}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("FFN_", "MLFLOW_"))}
+    env |= {"FFN_KFP_URL": url, "KUBECONFIG": os.devnull}
     command = [sys.executable, "-m", "pipeline.cli", "cluster", "watch", run, *filter(None, [option])]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is begun in a shell's background ignores it
     process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -476,66 +564,6 @@ def test_leaving_detaches_or_cancels(
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status
-    assert fake.runs[0]["state"] == ("CANCELED" if option else "RUNNING")
+    assert fake.runs[0]["state"] == ("FAILED" if option else "RUNNING")
+    assert ("its run stays open in MLflow until the next one begins" in err) == bool(option)
     assert (f"run {run} is asked to end" if option else f"`ffn cluster watch {run}` follows it again") in err
-
-
-# --- the real contract
-
-
-@pytest.fixture
-def prism(real_data: Path, tmp_path: Path) -> Iterator[str]:
-    """KFP's own API description, served by prism, which answers 422 to a body that is not as described."""
-    import shutil
-    import socket
-
-    described, command = real_data / "kfp" / "kfp_api.swagger.json", os.environ.get("PRISM") or shutil.which("prism")
-    if not described.is_file() or not command:
-        pytest.skip("no API description, or no prism: npm install @stoplight/prism-cli, and PRISM=.../node_modules/.bin/prism")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (tmp_path / "prism.log").open("w") as log:
-        process = subprocess.Popen(
-            [command, "mock", "--errors", "--host", "127.0.0.1", "--port", str(port), str(described)], stdout=log, stderr=log
-        )
-        try:
-            deadline = time.monotonic() + 60
-            while "is listening" not in (tmp_path / "prism.log").read_text():
-                assert process.poll() is None, (tmp_path / "prism.log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(20)
-
-
-@pytest.mark.real
-@pytest.mark.slow
-def test_every_request_is_as_kfp_describes_it(prism: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole compiled pipeline as a body; prism answers with examples, so that what is found is never ours."""
-    monkeypatch.setenv("FFN_IMAGE", IMAGE)
-    assert main(["cluster", "compile", "--out", str(tmp_path / "p.yaml")]) == 0
-    pipeline = kfp.load(tmp_path / "p.yaml", {"source": "/mnt/data/a", "overrides": ["training.epochs=3"]})
-    server = Server(endpoint=Endpoint(url=prism, ui=prism, namespace="team"), patience=20)
-    body = {"display_name": "demo", "experiment_id": "e", **pipeline.body, "service_account": "ffn-pipeline"}
-    trigger = {"mode": "ENABLE", "max_concurrency": "1", "no_catchup": True, "trigger": {"cron_schedule": {"cron": "0 0 2 * * 0"}}}
-    for path, sent in (
-        ("experiments", {"display_name": "ffn", "namespace": "team"}), ("runs", body), ("recurringruns", {**body, **trigger}),
-    ):  # fmt: skip
-        answer, made = server.create(path, sent, lambda: None)
-        assert made
-        assert answer
-        with pytest.raises(FFNError, match="422"):
-            server.create(path, {**sent, "unknown": 1}, lambda: None)
-    for path, key in (("experiments", "experiments"), ("runs", "runs"), ("recurringruns", "recurringRuns")):
-        page = server.get(path, {"page_size": "100", "filter": kfp.equals("display_name", "demo")})
-        assert key in page
-    assert "state" in server.get("runs/1")
-    for path in ("runs/1:terminate", "runs/1:retry", "recurringruns/1:enable"):
-        server.post(path)
-    server.delete("recurringruns/1")
-    with pytest.raises(FFNError):
-        server.get("runs/1/steps")
-    assert json.dumps(pipeline.body)

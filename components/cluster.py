@@ -1,0 +1,77 @@
+"""The cluster that a step runs in: where it is, and what became of another pipeline run. Asked through the Kubernetes API.
+
+A step's image holds no client of it; what is asked is one list of Argo's workflows.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import requests
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""What Kubernetes mounts into a pod: its account's token, its namespace, its cluster's authority."""
+
+TERMINATION = Path("/dev/termination-log")
+"""What is written there before a container ends is in its pod's status, and Argo's message of the node."""
+
+SHORTEST = 4096
+"""Bytes that Kubernetes keeps of it."""
+
+
+def inside() -> bool:
+    """Whether this process runs in a pod."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ and (ACCOUNT / "namespace").is_file()
+
+
+def pod() -> str:
+    """This pod's name; empty outside of one."""
+    return os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "") if inside() else ""
+
+
+def where() -> str:
+    """What tells this namespace of this cluster from every other, `kubeflow@1f3a09c27b15`; empty outside of a pod."""
+    if not inside():
+        return ""
+    cluster = hashlib.sha256((ACCOUNT / "ca.crt").read_bytes()).hexdigest()[:12]
+    return f"{(ACCOUNT / 'namespace').read_text().strip()}@{cluster}"
+
+
+def state(run: str) -> str:
+    """What MLflow should say of the pipeline run with that id of KFP, in this namespace: RUNNING, FINISHED, FAILED or KILLED.
+
+    Raises `OSError` where the Kubernetes API does not answer or refuses.
+
+    Source: KFP 2.17.0 labels a run's workflow `pipeline/runid` (backend/src/common/util/consts.go:48) and ends a run by a
+    deadline of 0 seconds (execution_spec.go:299, workflow.go:315). A workflow that is not there was deleted.
+    """
+    namespace = (ACCOUNT / "namespace").read_text().strip()
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    host = f"[{host}]" if ":" in host else host
+    answer = requests.get(
+        f"https://{host}:{port}/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows",
+        params={"labelSelector": f"pipeline/runid={run}"},
+        headers={"Authorization": f"Bearer {(ACCOUNT / 'token').read_text().strip()}"},
+        verify=str(ACCOUNT / "ca.crt"),
+        timeout=30,
+    )
+    answer.raise_for_status()
+    found = answer.json().get("items") or []
+    if not found:
+        return "KILLED"
+    phase, spec = found[0].get("status", {}).get("phase", ""), found[0].get("spec", {})
+    if phase in ("", "Pending", "Running"):
+        return "RUNNING"
+    if phase == "Succeeded":
+        return "FINISHED"
+    return "KILLED" if spec.get("activeDeadlineSeconds") == 0 or spec.get("shutdown") else "FAILED"
+
+
+def leave_word(text: str) -> None:
+    """What the pod's status is to say of this container when it has ended; nothing happens outside of a pod."""
+    if not inside():
+        return
+    try:
+        TERMINATION.write_text(text.encode()[:SHORTEST].decode(errors="ignore"))
+    except OSError:
+        return  # a courtesy: no step fails for the want of it
