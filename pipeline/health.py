@@ -14,15 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-POD = "KUBERNETES_SERVICE_HOST"
-"""Every pod has it. Elsewhere FFN_CHECKPOINTS and FFN_DATA name folders that are not this machine's."""
-
 POLICY_SECONDS = 3.0
 """Network rules are enforced up to some seconds after a pod's start, whether they open a way or close it."""
 PATIENCE = 15.0
 """How long what another machine answers is tried again."""
 
-TERMINATION_LOG = Path("/dev/termination-log")
 SAID = 300
 """Characters of an answer: Kubernetes keeps 4096 bytes of what a container leaves."""
 
@@ -129,13 +125,13 @@ def _mlflow_version() -> str:
 
 def _states() -> str:
     """Where trainings keep the state of every epoch: a store that answers, or in a pod a folder that can be written to."""
-    from components import storage
+    from components import cluster, storage
 
     uri = os.environ.get("FFN_CHECKPOINTS", "")
     if storage.remote(uri):
         storage.reach(uri)
         return uri
-    if not uri or POD not in os.environ:
+    if not uri or not cluster.inside():  # elsewhere the folder is not this machine's
         return "FFN_CHECKPOINTS names none"
     with _as_we_are(Path(uri)), tempfile.NamedTemporaryFile(dir=uri, prefix=".ffn-check-") as file:
         file.write(b"x")
@@ -146,8 +142,10 @@ def _states() -> str:
 
 def _data() -> str:
     """Where ingest finds recordings: in a pod, a folder that can be read."""
+    from components import cluster
+
     folder = os.environ.get("FFN_DATA", "")
-    if not folder or POD not in os.environ:
+    if not folder or not cluster.inside():
         return "FFN_DATA names none"
     with _as_we_are(Path(folder)):
         return f"{folder}, {len(os.listdir(folder))} entries"
@@ -170,23 +168,33 @@ def _us() -> str:
 
 def _allowed(rights: Sequence[dict[str, str]]) -> tuple[str, list[bool | None]]:
     """Where Kubernetes' API answers, and which of the rights our own account has; whoever we are may ask that."""
-    from pipeline.kube import Cluster
+    import requests
 
-    cluster = Cluster.connect()
-    asked = [{"spec": {"resourceAttributes": right}} for right in rights] or [{"spec": {"nonResourceAttributes": {"path": "/"}}}]
-    answers: list[bool | None] = [
-        bool(cluster.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body)["status"].get("allowed"))
-        for body in asked
-    ]
-    return cluster.where, answers[: len(rights)]
+    from components.cluster import ACCOUNT
+
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    where = f"https://{f'[{host}]' if ':' in host else host}:{port}"
+    headers = {"Authorization": f"Bearer {(ACCOUNT / 'token').read_text().strip()}"}
+
+    def allowed(spec: dict[str, Any]) -> bool:
+        answer = requests.post(
+            f"{where}/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
+            json={"spec": spec}, headers=headers, verify=str(ACCOUNT / "ca.crt"), timeout=10,
+        )  # fmt: skip
+        answer.raise_for_status()
+        return bool(answer.json()["status"].get("allowed"))
+
+    allowed({"nonResourceAttributes": {"path": "/version", "verb": "get"}})  # it answers, whatever it says
+    return where, [allowed({"resourceAttributes": right}) for right in rights]
 
 
 def main() -> None:
     """The report, on stdout and where Kubernetes takes it from."""
+    from components import cluster
+
     told = json.dumps(report(json.loads(sys.argv[1])))
     print(told, flush=True)
-    if POD in os.environ:
-        TERMINATION_LOG.write_text(told)
+    cluster.leave_word(told)
 
 
 if __name__ == "__main__":

@@ -72,13 +72,13 @@ def named(settings: Settings) -> Iterator[Finding]:
         yield failed(
             "MLflow", "is not named: every step would keep its run to itself", "export MLFLOW_TRACKING_URI=http://mlflow.ffn:5000"
         )
-    for variable, limit, resource in (
-        ("FFN_LIGHT_CPU", settings.light_cpu, "cpu"),
-        ("FFN_LIGHT_MEMORY", settings.light_memory, "memory"),
+    for variable, limit, least in (
+        ("FFN_LIGHT_CPU", settings.light_cpu, placement.LIGHT_CPU),
+        ("FFN_LIGHT_MEMORY", settings.light_memory, placement.LIGHT_MEMORY),
     ):
-        if amount(limit) < amount(request := placement.LIGHT_REQUEST[resource]):
-            yield failed(
-                variable, f"{limit} is below the {request} that a light step requests", f"export {variable}={request} or more"
+        if amount(limit) < amount(least):
+            yield warning(
+                variable, f"{limit} is below the {least} that light steps do well with", f"export {variable}={least} or more"
             )
     if amount(settings.shm) >= amount(settings.memory):
         yield warning(

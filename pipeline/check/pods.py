@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 
-from pipeline import probe
+from pipeline import placement
 from pipeline.check.finding import Finding, dots, failed, ok, version_of, warning
 from pipeline.kube import Json
 from pipeline.probe import End, Outcome
@@ -146,11 +146,11 @@ def part_remedy(name: str, said: str, settings: Settings, namespace: str) -> str
     if name == "scratch":
         return "/tmp must be writable"
     if name == "data":
-        return f"the volume of {settings.data_claim} must be readable by user and group {probe.USER}"
+        return f"the volume of {settings.data_claim} must be readable by user and group {placement.IDENTITY}"
     if name == "states" and not stored:
         return (
-            f"hand the volume of {settings.checkpoints_claim} to group {probe.USER}: a pod with that fsGroup mounts it once "
-            "(k8s/runs/checkpoints.yaml); NFS is exported to that group"
+            f"hand the volume of {settings.checkpoints_claim} to group {placement.IDENTITY}: a pod with that fsGroup mounts it "
+            "once (k8s/runs/checkpoints.yaml); NFS is exported to that group"
         )
     variable, names, account = {
         "MLflow": ("MLFLOW_TRACKING_URI", "FFN_MLFLOW_SECRET", settings.mlflow_secret),

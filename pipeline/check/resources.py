@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from ffn.config import STREAMS
-from pipeline import placement, probe
+from pipeline import probe
 from pipeline.check.finding import Finding, amount, failed, ok, text, warning
 from pipeline.kube import Json
 from pipeline.settings import Settings
@@ -35,7 +35,7 @@ def demands(settings: Settings) -> tuple[Demand, Demand]:
     light = {"cpu": settings.light_cpu, "memory": settings.light_memory}
     return (
         Demand(what="a training", requests=heavy, limits=heavy),
-        Demand(what="a light step", requests=placement.LIGHT_REQUEST, limits=light),
+        Demand(what="a light step", requests=probe.light_requests(settings), limits=light),
     )
 
 
