@@ -46,9 +46,12 @@ def report(rights: Sequence[dict[str, str]]) -> dict[str, Any]:
         where, allowed[:] = _allowed(rights)
         return where
 
-    parts += [_patiently("Kubernetes", kubernetes), _patiently("MLflow", _mlflow), _patiently("states", _states)]
-    if "FFN_DATA" in os.environ:
-        parts.append(_tried("data", _data))
+    parts.append(_patiently("Kubernetes", kubernetes))
+    for name, variable, part in (
+        ("MLflow", "MLFLOW_TRACKING_URI", _mlflow), ("states", "FFN_CHECKPOINTS", _states), ("data", "FFN_DATA", _data),
+    ):  # fmt: skip
+        if variable in os.environ:
+            parts.append(_patiently(name, part))
     return {
         "parts": [(name, works, said[:SAID]) for name, works, said in parts],
         "version": _mlflow_version() if _works(parts, "MLflow") else "",

@@ -147,9 +147,11 @@ def _kfp(server: Callable[[], Server], given: str) -> tuple[list[Finding], Json]
         healthz = replace(asked, patience=KFP_PATIENCE).get("healthz")
         return [kfp_version(healthz, asked.endpoint.url), *profile(healthz, given)], healthz
     except Unreachable as error:
-        return [failed(what, f"does not answer: {error}", "FFN_KFP_URL; kubectl -n kubeflow get pods -l app=ml-pipeline")], {}
+        return [
+            failed(what, f"does not answer: {error}", "see FFN_KFP_URL, and kubectl -n kubeflow get pods -l app=ml-pipeline")
+        ], {}
     except Refused as error:
-        return [failed(what, f"refuses us: {error}", "FFN_KFP_TOKEN, FFN_KFP_TOKEN_FILE or FFN_KFP_COOKIE")], {}
+        return [failed(what, f"refuses us: {error}", "set FFN_KFP_TOKEN, FFN_KFP_TOKEN_FILE or FFN_KFP_COOKIE")], {}
     except FFNError as error:
         return [failed(what, f"cannot be asked: {error}", "see docs/cluster.md")], {}
 

@@ -285,7 +285,7 @@ GPU_TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"
         (
             [node("a", cpu="1930m", memory="7629Mi")],
             {},
-            "none has cpu 4 and memory 8Gi to give: FFN_CPU below 1.93 and FFN_MEMORY below 7Gi",
+            "none has cpu 4 and memory 8Gi to give: set FFN_CPU below 1.93 and FFN_MEMORY below 7Gi",
         ),
         (
             [node("a", taints=[GPU_TAINT])],
@@ -423,7 +423,7 @@ FORBIDDEN = 'pods "ffn-check-0a1b2c" is forbidden: '
             FORBIDDEN + "exceeded quota: q, requested: limits.memory=8Gi, used: limits.memory=0, limited: limits.memory=4Gi",
             "resourcequota",
         ),
-        (FORBIDDEN + "failed quota: q: must specify limits.cpu for: wait", "a default for Argo's containers"),
+        (FORBIDDEN + "failed quota: q: must specify limits.cpu for: wait", "make a LimitRange in x with defaults"),
         (
             FORBIDDEN + 'violates PodSecurity "restricted:latest": runAsNonRoot != true (pod or container "wait" ...)',
             "enforce=baseline",
@@ -615,7 +615,7 @@ DIGEST = "registry.example/ffn@sha256:" + "401" * 20 + "4034"
         (Outcome(end=End.NOT_STARTED, said="CreateContainerConfigError: couldn't find key X in Secret x/s"), "k8s/secrets"),
         (
             Outcome(end=End.NOT_STARTED, said="RunContainerError: exec: python3: executable file not found in $PATH"),
-            "an image with python3",
+            "set FFN_IMAGE to an image of ffn",
         ),
         (
             Outcome(end=End.UNSCHEDULABLE, said="0/1 nodes are available: 1 node(s) had untolerated taint {a: b}."),
@@ -648,10 +648,10 @@ def test_a_pod_that_waits_for_a_node_to_be_made() -> None:
         ("MLflow", "Failed to resolve 'mlflow' ([Errno -2] Name or service not known)", "MLFLOW_TRACKING_URI"),
         ("MLflow", "Failed to establish a new connection: [Errno 111] Connection refused", "network rules of x"),
         ("MLflow", "error code 401 != 200. Response body: 'You are not authenticated.'", "FFN_MLFLOW_SECRET names (now m)"),
-        ("MLflow", "Invalid Host header - possible DNS rebinding attack detected", "MLFLOW_SERVER_ALLOWED_HOSTS"),
+        ("MLflow", "error code 403 != 200. Response body: 'Invalid Host header - possible DNS rebinding attack detected'", "MLFLOW_SERVER_ALLOWED_HOSTS"),
         ("MLflow", "SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))", "FFN_CA"),
         ("states", "/mnt/c belongs to 0:0, mode 755; steps are 65532:65532", "the volume of ffn-checkpoints to group 65532"),
-        ("data", "/mnt/data belongs to 0:0, mode 700; steps are 65532:65532", "must be readable"),
+        ("data", "/mnt/data belongs to 0:0, mode 700; steps are 65532:65532", "readable by user and group 65532"),
         ("scratch", "No usable temporary directory found", "/tmp"),
         ("torch", "CUDA error: no kernel image", "FFN_IMAGE"),
         ("Kubernetes", "timed out", "network rules of x"),
