@@ -15,8 +15,6 @@ from enum import StrEnum
 from types import FrameType
 from typing import NoReturn
 
-import yaml
-
 from pipeline import placement
 from pipeline.kube import Absent, Cluster, Denied, Json, Rejected
 from pipeline.settings import Settings
@@ -194,13 +192,6 @@ def _of_a_run(made: Json, executor: Json | None) -> Json:
     made["spec"]["initContainers"] = [{"name": "init", **argo}, {"name": "kfp-launcher", **launcher}]
     made["spec"]["containers"].append({"name": "wait", **argo})
     return made
-
-
-def executor(config: Json | None) -> Json | None:
-    """Argo's configuration of its own containers, in its ConfigMap."""
-    data = (config or {}).get("data") or {}
-    found = yaml.safe_load(data["config"]).get("executor") if "config" in data else yaml.safe_load(data.get("executor", ""))
-    return found if isinstance(found, dict) else None
 
 
 def dry_run(cluster: Cluster, namespace: str, pod: Json) -> tuple[Outcome, Json]:

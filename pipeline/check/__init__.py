@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ffn.errors import FFNError
 from pipeline import placement, probe
-from pipeline.check.argo import CONFIG, retry_policy
+from pipeline.check.argo import CONFIG, artifact_secrets, executor, retry_policy
 from pipeline.check.finding import Finding, State, failed, not_seen, warning
 from pipeline.check.names import (
     account_there,
@@ -69,6 +69,9 @@ def examine(
 
     needs = [_look(cluster, f"{inside}/serviceaccounts/{account}", lambda found: account_there(found, account, namespace))]
     needs += _names(cluster, inside, settings, namespace)
+    config, where, hidden = _argo(cluster, namespace)
+    for name, keys in artifact_secrets(config).items():
+        needs.append(_look(cluster, f"{inside}/secrets/{name}", _secret_of(name, namespace, keys)))
     claims = list(_claims(cluster, inside, settings, namespace))
     for finding in (*needs, *(finding for finding, _ in claims)):
         blocked |= finding.state is State.FAILED
@@ -90,12 +93,11 @@ def examine(
         except Denied as denied:
             yield not_seen(f"{kind} in {namespace}", str(denied))
 
-    config, where, hidden = _argo(cluster, namespace)
     if space:
         yield security_level(space)
     tolerations = probe.tolerations(settings)
     for what, make in (("A training's pod", probe.train), ("A light step's pod", probe.ingest)):
-        sent = make(settings, name=probe.name(), account=account, executor=probe.executor(config))
+        sent = make(settings, name=probe.name(), account=account, executor=executor(config))
         try:
             outcome, made = probe.dry_run(cluster, namespace, sent)
         except Denied as denied:

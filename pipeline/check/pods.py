@@ -109,6 +109,7 @@ Remedies = tuple[tuple[str, str], ...]
 """(what to look for, what to do), the first that is found."""
 
 UNSCHEDULABLE: Remedies = (
+    ("were unschedulable", "kubectl uncordon the nodes that are meant"),
     ("untolerated taint", "add the taint to FFN_TOLERATIONS, as key=value:effect"),
     ("taints that the pod didn't tolerate", "add the taint to FFN_TOLERATIONS, as key=value:effect"),
     ("node affinity/selector", "label the nodes, or change FFN_NODE_SELECTOR"),

@@ -134,6 +134,7 @@ def lab(kubeconfig: str) -> Iterator[Lab]:
         assert lab.until(lab.at("serviceaccounts/default"), bool)
         for item in yaml.safe_load_all((ROOT / "k8s/runs/account.yaml").read_text()):
             lab.make(item)
+        lab.secret("mlpipeline-minio-artifact", accesskey="k", secretkey="s")  # as KFP has it in every namespace with runs
         lab.secret("mlflow", MLFLOW_TRACKING_USERNAME=ACCOUNT[0], MLFLOW_TRACKING_PASSWORD=ACCOUNT[1])
         lab.pod("mlflow", {"command": ["python3", "-c", SERVER]})
         lab.make({

@@ -366,8 +366,17 @@ def configuration(retry: Json | None, **data: str) -> Json:
 def test_retries_as_kfp_ships_them() -> None:
     found = argo.retry_policy({"data": {"workflowDefaults": SHIPPED, "executor": "imagePullPolicy: IfNotPresent\n"}}, "kubeflow")
     assert state(found) == "warning"
-    assert "with OnError a step whose pod is killed for its memory is not run again" in found.said
-    assert "tried 2 times more on every level" in found.said
+    assert "with OnError a step whose pod is killed for its memory or evicted is not run again" in found.said
+    assert "with limit 2 for every template a pod that is deleted or invalid is tried again on every level" in found.said
+
+
+def test_secrets_that_argo_mounts_into_every_pod() -> None:
+    keys = "s3: {accessKeySecret: {name: m, key: accesskey}, secretKeySecret: {name: m, key: secretkey}}"
+    assert argo.artifact_secrets({"data": {"artifactRepository": f"archiveLogs: true\n{keys}\n"}}) == {
+        "m": ("accesskey", "secretkey")
+    }
+    assert argo.artifact_secrets({"data": {"artifactRepository": "s3: {useSDKCreds: true}"}}) == {}
+    assert argo.artifact_secrets(None) == {}
 
 
 def test_the_patch_changes_the_retry_strategy_and_nothing_else() -> None:
@@ -395,13 +404,15 @@ def test_a_configuration_in_one_item_is_patched_in_it() -> None:
     [
         (configuration({"limit": "0", "retryPolicy": "Always"}), "ok", "retryPolicy Always, limit 0"),
         (configuration({"limit": 0, "retryPolicy": "Always"}), "ok", ""),
-        (configuration({"limit": "2", "retryPolicy": "Always"}), "warning", "on every level"),
+        (configuration({"limit": "2", "retryPolicy": "Always"}), "warning", "with limit 2 for every template what fails"),
+        (configuration({"retryPolicy": "Always"}), "warning", "with limit none for every template what fails"),
+        ({"data": {"workflowDefaults": "spec: {retryStrategy: {limit: 0, retryPolicy: Always}}"}}, "warning", "with OnFailure"),
         (configuration({"limit": "0", "retryPolicy": "OnTransientError"}), "warning", "with OnTransientError"),
         (configuration({"limit": "0", "expression": "true"}), "ok", ""),
         (configuration(None), "warning", "with OnFailure a step whose pod is deleted"),
         ({"data": {}}, "warning", "with OnFailure"),
-        (configuration(None, workflowDefaults="- a list\n"), "warning", "cannot be read"),
-        (configuration(None, workflowDefaults="a: [b\n"), "warning", "cannot be read"),
+        (configuration(None, workflowDefaults="- a list\n"), "warning", "with OnFailure"),
+        (configuration(None, workflowDefaults="a: [b\n"), "warning", "with OnFailure"),
         (None, "warning", "not known"),
     ],
 )
@@ -533,13 +544,13 @@ def test_states_in_a_store_need_no_claim() -> None:
 
 def test_argos_containers_are_as_it_is_configured() -> None:
     config = {"data": {"executor": "resources: {requests: {cpu: 10m}}\nsecurityContext: {runAsUser: 1000}\nargs: [-v]\n"}}
-    pod = probe.train(SETTINGS, name="n", account="a", executor=probe.executor(config))
+    pod = probe.train(SETTINGS, name="n", account="a", executor=argo.executor(config))
     wait = pod["spec"]["containers"][1]
     assert (wait["name"], wait["resources"], wait["securityContext"]) == ("wait", {"requests": {"cpu": "10m"}}, {"runAsUser": 1000})
     assert "args" not in wait
-    assert probe.executor({"data": {"config": "executor: {args: [-v]}"}}) == {"args": ["-v"]}
-    assert probe.executor({"data": {}}) is None
-    assert probe.executor(None) is None
+    assert argo.executor({"data": {"config": "executor: {args: [-v]}"}}) == {"args": ["-v"]}
+    assert argo.executor({"data": {}}) == {}
+    assert argo.executor(None) == {}
 
 
 # How a pod ends
@@ -648,7 +659,7 @@ def test_a_pod_that_waits_for_a_node_to_be_made() -> None:
         ("MLflow", "Failed to resolve 'mlflow' ([Errno -2] Name or service not known)", "MLFLOW_TRACKING_URI"),
         ("MLflow", "Failed to establish a new connection: [Errno 111] Connection refused", "network rules of x"),
         ("MLflow", "error code 401 != 200. Response body: 'You are not authenticated.'", "FFN_MLFLOW_SECRET names (now m)"),
-        ("MLflow", "error code 403 != 200. Response body: 'Invalid Host header - possible DNS rebinding attack detected'", "MLFLOW_SERVER_ALLOWED_HOSTS"),
+        ("MLflow", "error code 403 != 200. Response body: 'Invalid Host header - possible", "MLFLOW_SERVER_ALLOWED_HOSTS"),
         ("MLflow", "SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))", "FFN_CA"),
         ("states", "/mnt/c belongs to 0:0, mode 755; steps are 65532:65532", "the volume of ffn-checkpoints to group 65532"),
         ("data", "/mnt/data belongs to 0:0, mode 700; steps are 65532:65532", "readable by user and group 65532"),
