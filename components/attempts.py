@@ -75,13 +75,13 @@ def _run(step: str, inputs: Mapping[str, Any], *, last: bool) -> Any:
 
 def _record(step: str, inputs: Mapping[str, Any], said: str) -> None:
     cluster.leave_word(f"{label(step, inputs)}: {said}")
-    if parent := inputs.get("parent"):
-        from components import tracking
+    from components import tracking
 
-        try:
+    try:
+        if parent := inputs.get("parent") or tracking.present():
             tracking.record_failure(parent, label(step, inputs), said)
-        except Exception as trouble:  # what ended the step is what matters
-            say(f"not recorded in MLflow: {trouble}")
+    except Exception as trouble:  # what ended the step is what matters
+        say(f"not recorded in MLflow: {trouble}")
 
 
 def _in_processes(step: str, inputs: Mapping[str, Any], *, attempts: int) -> Any:
@@ -115,19 +115,21 @@ def _one() -> None:
     """One attempt: what to do comes on stdin, what came of it goes to a file."""
     step, inputs, number, attempts, answer = pickle.load(sys.stdin.buffer)
     try:
-        if number == 1 and (parent := inputs.get("parent")):
-            _require_first(parent, label(step, inputs))
+        if number == 1:
+            _require_first(step, inputs)
         answer.write_bytes(pickle.dumps(_run(step, inputs, last=number == attempts)))
     except Mistake as mistake:
         answer.write_text(str(mistake))
         raise
 
 
-def _require_first(parent: str, what: str) -> None:
+def _require_first(step: str, inputs: Mapping[str, Any]) -> None:
     """Raise `Mistake` where an earlier pod of this run ended this step for good."""
     from components import tracking
 
-    if said := tracking.failure(parent, what):
+    what = label(step, inputs)
+    parent = inputs.get("parent") or tracking.present()
+    if parent and (said := tracking.failure(parent, what)):
         text = f"{what} failed before in this run: {said}; `ffn cluster submit --retry` begins a new one that goes on from here"
         print(f"ffn: error: {text}", file=sys.stderr)
         raise Mistake(said)

@@ -6,11 +6,15 @@ A step's image holds no client of it; what is asked is one list of Argo's workfl
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import requests
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """What Kubernetes mounts into a pod: its account's token, its namespace, its cluster's authority."""
+
+RUN_LABEL = "pipeline/runid"
+"""Of a run's workflow and of all its pods."""
 
 TERMINATION = Path("/dev/termination-log")
 """What is written there before a container ends is in its pod's status, and Argo's message of the node."""
@@ -24,39 +28,44 @@ def inside() -> bool:
     return "KUBERNETES_SERVICE_HOST" in os.environ and (ACCOUNT / "namespace").is_file()
 
 
+def namespace() -> str:
+    """This pod's."""
+    return (ACCOUNT / "namespace").read_text().strip()
+
+
 def pod() -> str:
     """This pod's name; empty outside of one."""
     return os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "") if inside() else ""
+
+
+def run() -> str:
+    """KFP's id of the pipeline run that this pod is of; empty outside of one.
+
+    Raises `requests.RequestException` where the Kubernetes API does not answer or refuses.
+
+    Source: KFP 2.17.0, backend/src/common/util/consts.go:48.
+    """
+    if not inside():
+        return ""
+    return str(_ask(f"api/v1/namespaces/{namespace()}/pods/{pod()}")["metadata"].get("labels", {}).get(RUN_LABEL, ""))
 
 
 def where() -> str:
     """What tells this namespace of this cluster from every other, `kubeflow@1f3a09c27b15`; empty outside of a pod."""
     if not inside():
         return ""
-    cluster = hashlib.sha256((ACCOUNT / "ca.crt").read_bytes()).hexdigest()[:12]
-    return f"{(ACCOUNT / 'namespace').read_text().strip()}@{cluster}"
+    return f"{namespace()}@{hashlib.sha256((ACCOUNT / 'ca.crt').read_bytes()).hexdigest()[:12]}"
 
 
 def state(run: str) -> str:
     """What MLflow should say of the pipeline run with that id of KFP, in this namespace: RUNNING, FINISHED, FAILED or KILLED.
 
-    Raises `OSError` where the Kubernetes API does not answer or refuses.
+    Raises `requests.RequestException` where the Kubernetes API does not answer or refuses.
 
-    Source: KFP 2.17.0 labels a run's workflow `pipeline/runid` (backend/src/common/util/consts.go:48) and ends a run by a
-    deadline of 0 seconds (execution_spec.go:299, workflow.go:315). A workflow that is not there was deleted.
+    Source: KFP 2.17.0 ends a run by a deadline of 0 seconds (backend/src/common/util/execution_spec.go:299, workflow.go:315).
+    A workflow that is not there was deleted.
     """
-    namespace = (ACCOUNT / "namespace").read_text().strip()
-    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
-    host = f"[{host}]" if ":" in host else host
-    answer = requests.get(
-        f"https://{host}:{port}/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows",
-        params={"labelSelector": f"pipeline/runid={run}"},
-        headers={"Authorization": f"Bearer {(ACCOUNT / 'token').read_text().strip()}"},
-        verify=str(ACCOUNT / "ca.crt"),
-        timeout=30,
-    )
-    answer.raise_for_status()
-    found = answer.json().get("items") or []
+    found = _ask(f"apis/argoproj.io/v1alpha1/namespaces/{namespace()}/workflows", labelSelector=f"{RUN_LABEL}={run}").get("items")
     if not found:
         return "KILLED"
     phase, spec = found[0].get("status", {}).get("phase", ""), found[0].get("spec", {})
@@ -65,6 +74,20 @@ def state(run: str) -> str:
     if phase == "Succeeded":
         return "FINISHED"
     return "KILLED" if spec.get("activeDeadlineSeconds") == 0 or spec.get("shutdown") else "FAILED"
+
+
+def _ask(path: str, **query: str) -> dict[str, Any]:
+    """What the Kubernetes API says there, to the account of this pod."""
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    answer = requests.get(
+        f"https://{f'[{host}]' if ':' in host else host}:{port}/{path}",
+        params=query,
+        headers={"Authorization": f"Bearer {(ACCOUNT / 'token').read_text().strip()}"},
+        verify=str(ACCOUNT / "ca.crt"),
+        timeout=30,
+    )
+    answer.raise_for_status()
+    return dict(answer.json())
 
 
 def leave_word(text: str) -> None:

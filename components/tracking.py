@@ -12,12 +12,14 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from csv import writer as csv_writer
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -34,6 +36,7 @@ import mlflow
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, Run, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -44,9 +47,10 @@ from numpy.typing import NDArray
 import ffn
 from components import cluster
 from ffn.checkpoint import Checkpoint
+from ffn.config import suggest
 from ffn.data.store import SkeletonSet
 from ffn.errors import FFNError
-from ffn.report import Result
+from ffn.report import Result, in_order
 from ffn.scores import Metrics
 
 if TYPE_CHECKING:
@@ -78,7 +82,14 @@ ENDED_TEXT = 2000
 """The most that is kept of an error's text."""
 
 PYFUNC = Path(__file__).parent / "register" / "pyfunc.py"
-SERVING_REQUIREMENTS = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
+SERVING_REQUIREMENTS = ("mlflow", "numba", "numpy", "pandas", "pyarrow", "safetensors", "torch")
+"""What the code of a registered model imports, and no more: `ffn.inference` and what it leads to (numba's loops prepare the clips,
+pyarrow is imported beside the configuration of sets), `register/pyfunc.py` with pandas.
+
+llvmlite is imported too, but numba asks for the one version that fits it. MLflow is whole, not mlflow-skinny: `mlflow models
+serve` needs its server, and it brings pandas and pyarrow anyway.
+"""
+
 SAMPLING_SECONDS = 5.0
 """Between two samples of the system metrics."""
 
@@ -87,6 +98,10 @@ MOST_RUNS = 50_000
 
 PARAM_LENGTH = 6000
 """The longest parameter value MLflow takes."""
+
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+LONGEST_ERROR = 600
+"""What of MLflow's own words is shown to a person."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +235,7 @@ class Child:
                 signature=signature,
                 input_example=example,
                 code_paths=[str(Path(ffn.__file__).parent)],
-                pip_requirements=[f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in SERVING_REQUIREMENTS],
+                pip_requirements=[pinned(name) for name in SERVING_REQUIREMENTS],
             )
         self.client.update_run(self.id, "RUNNING")
         self.tag("ffn.model", logged.model_uri)
@@ -286,6 +301,13 @@ def parent(run: str) -> Child:
     if not found:
         raise FFNError(f"no pipeline run {run!r} in {mlflow.get_tracking_uri()}")
     return Child(id=found.info.run_id, client=client)
+
+
+def present() -> str:
+    """The parent run of the pipeline run that this process is a step of, found from outside; empty where it is of none."""
+    run = os.environ.get("FFN_RUN") or cluster.run()
+    found = _parent(MlflowClient(), run) if run else None
+    return str(found.info.run_id) if found else ""
 
 
 def close_dead(where: str, state: Callable[[str], str]) -> list[str]:
@@ -358,12 +380,6 @@ def failures(parent_id: str) -> dict[str, str]:
 
 
 LOST = "its process was killed without a word: for want of memory, with its node, or by hand"
-
-
-def lineage(parent: str) -> dict[str, str]:
-    """Version tag -> value: what the parent run knows of where its models come from; nothing without a parent."""
-    tags = MlflowClient().get_run(parent).data.tags if parent else {}
-    return {**{name: tags[tag] for name, tag in LINEAGE.items() if tag in tags}, **({"mlflow_run": parent} if parent else {})}
 
 
 def note(parent: str, tags: Mapping[str, str]) -> None:
@@ -473,6 +489,11 @@ class Version:
     name: str
     number: str
     tags: Mapping[str, str]
+    run: str = ""
+    """Id of the MLflow run that registered it."""
+    registered: datetime | None = None
+    aliases: tuple[str, ...] = ()
+    """Only where `history` or `find` read it: MLflow keeps them with the model, and says none of its versions."""
 
     @property
     def uri(self) -> str:
@@ -491,7 +512,7 @@ def register(name: str, model: str, *, key: str, run: str, tags: Mapping[str, st
     # A server refuses a logged model as the source unless its id is said too; a database takes it.
     model_id = model.removeprefix("models:/") if model.startswith("models:/m-") else None
     made = found[0] if found else client.create_model_version(name, model, run_id=run, tags={KEY: key, **tags}, model_id=model_id)
-    return Version(name=name, number=str(made.version), tags=dict(made.tags))
+    return _version(made)
 
 
 def version(name: str, *, number: str = "", alias: str = "") -> Version | None:
@@ -503,7 +524,7 @@ def version(name: str, *, number: str = "", alias: str = "") -> Version | None:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-    return Version(name=name, number=str(found.version), tags=dict(found.tags))
+    return _version(found)
 
 
 def at(uri: str) -> Version:
@@ -537,6 +558,15 @@ def download(version: Version) -> Path:
     return Path(mlflow.artifacts.download_artifacts(version.uri)) / "artifacts" / "fused"
 
 
+def pinned(package: str) -> str:
+    """The installed version of `package` as a requirement: `torch==2.13.0`.
+
+    Without the local part that names a build (`+cpu`, `+cu130`): one index has 2.13.0+cpu, another 2.13.0 alone, and the pin
+    without it fits both. Which build is right is for the machine that loads the model.
+    """
+    return f"{package}=={importlib.metadata.version(package).split('+')[0]}"
+
+
 def csv(rows: Iterable[Iterable[object]]) -> str:
     """Rows as comma-separated text."""
     text = io.StringIO()
@@ -568,3 +598,95 @@ def _unfinished(client: MlflowClient, run: str) -> Run | None:
     """The parent that the pipeline run `run` was the last to work for, unless that finished."""
     found = _parent(client, run)
     return found if found and found.info.status != "FINISHED" else None
+
+
+def _version(found: ModelVersion, aliases: Iterable[str] = ()) -> Version:
+    return Version(
+        name=str(found.name), number=str(found.version), tags=dict(found.tags), run=str(found.run_id or ""),
+        registered=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC), aliases=tuple(sorted(aliases)),
+    )  # fmt: skip
+
+
+def lineage(parent: str) -> dict[str, str]:
+    """Tags for a version that the pipeline run `parent` made: what it says of `LINEAGE`, its name and id; none without a run."""
+    if not parent:
+        return {}
+    run = MlflowClient().get_run(parent)
+    said = {name: run.data.tags[tag] for name, tag in LINEAGE.items() if run.data.tags.get(tag)}
+    return {**said, "run": str(run.info.run_name), "mlflow_run": parent}
+
+
+def models() -> dict[str, dict[str, str]]:
+    """Registered model -> its aliases -> the number of the version that each names."""
+    found = MlflowClient().search_registered_models(max_results=1000)
+    return {model.name: {alias: str(number) for alias, number in model.aliases.items()} for model in found}
+
+
+def history(name: str, aliases: Mapping[str, str]) -> list[Version]:
+    """The versions of the model `name`, newest first, each with those of the model's `aliases` that name it."""
+    found = MlflowClient().search_model_versions(f"name = '{name}'")
+    made = [_version(one, (alias for alias, number in aliases.items() if number == str(one.version))) for one in found]
+    return sorted(made, key=lambda version: int(version.number), reverse=True)
+
+
+def find(text: str, *, alias: str = "") -> Version:
+    """The version that `NAME/NUMBER` or `NAME@ALIAS` names, with or without `models:/` before it; `NAME` alone means `alias`.
+
+    Raises `FFNError` where it reads otherwise, or where there is no such version, with the names that are near.
+    """
+    said = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/([0-9]+)|@([^/@]+))?", text)
+    name, number, alias = (said[1], said[2], said[3] or alias) if said else ("", "", "")
+    if not number and not alias:
+        raise FFNError(f"{text}: expected a version, as ffn-PROTOCOL/NUMBER or ffn-PROTOCOL@ALIAS")
+    known = models()
+    require_model(name, known)
+    if not number and alias not in known[name]:
+        raise FFNError(f"{name}: no alias {alias!r}: {suggest(alias, known[name]) if known[name] else 'it has none'}")
+    wanted, versions = str(int(number or known[name][alias])), history(name, known[name])
+    found = next((version for version in versions if version.number == wanted), None)
+    if not found:
+        numbers = ", ".join(version.number for version in versions)
+        raise FFNError(f"{name}: no version {wanted}: {f'expected one of {numbers}' if numbers else 'it has none'}")
+    return found
+
+
+def require_model(name: str, known: Collection[str]) -> None:
+    """Raise `FFNError` where `name` is none of the `known` models, with those that are near."""
+    if name not in known:
+        near = suggest(name, known) if known else "there are none; `ffn run` makes some"
+        raise FFNError(f"no model {name!r} registered in {mlflow.get_registry_uri()}: {near}")
+
+
+def read(version: Version, path: str) -> str:
+    """The text of one file of the version's model. Raises `FFNError` where it cannot be read."""
+    try:
+        return str(mlflow.artifacts.load_text(f"{version.uri}/{path}"))
+    except Exception as error:  # MLflow's, or that of whichever store keeps its artifacts
+        raise FFNError(f"{version.uri}: {path} cannot be read: {' '.join(str(error).split())[:LONGEST_ERROR]}") from None
+
+
+def measured(version: Version) -> dict[str, float]:
+    """Stream or fusion -> held-out top1, as the pipeline run that made the version measured it; nothing where it is not known."""
+    try:
+        parent = version.tags.get("mlflow_run") or MlflowClient().get_run(version.run).data.tags.get(PARENT, "")
+        found = results(parent) if parent else []
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "INVALID_PARAMETER_VALUE"):
+            raise
+        return {}
+    wanted = (version.tags.get("protocol"), version.tags.get("preset"))
+    return {result.stream: result.top1 for result in in_order(found) if (result.protocol, result.preset) == wanted}
+
+
+@contextlib.contextmanager
+def asked_by_a_person() -> Iterator[None]:
+    """Inside the block an MLflow that refuses or does not answer is an `FFNError`, after seconds; a step waits for minutes."""
+    ours = RETRIES not in os.environ
+    os.environ.setdefault(RETRIES, "2")
+    try:
+        yield
+    except MlflowException as error:
+        raise FFNError(f"MLflow at {mlflow.get_tracking_uri()}: {' '.join(str(error).split())[:LONGEST_ERROR]}") from None
+    finally:
+        if ours:
+            del os.environ[RETRIES]

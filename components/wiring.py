@@ -35,7 +35,7 @@ def begin(
 
 
 @component
-def ingest(source: str, source_version: str, space: str, parent: str, data: dsl.Output[dsl.Dataset]) -> None:
+def ingest(source: str, source_version: str, space: str, data: dsl.Output[dsl.Dataset], report: dsl.Output[dsl.Markdown]) -> None:
     """Raw recordings to one skeleton set."""
     from components.attempts import attempt
 

@@ -170,7 +170,7 @@ PRESETS: dict[str, Config] = {
 def preset(name: str) -> Config:
     """The preset called `name`; `FFNError` with the near misses where there is none."""
     if name not in PRESETS:
-        raise FFNError(f"unknown preset {name!r}: {_suggest(name, PRESETS)}")
+        raise FFNError(f"unknown preset {name!r}: {suggest(name, PRESETS)}")
     return PRESETS[name]
 
 
@@ -192,7 +192,7 @@ def override(config: Config, settings: Iterable[str]) -> Config:
         if not equals:
             raise FFNError(f"setting {setting!r}: expected section.field=value, for example training.lr=0.05")
         if key not in known:
-            raise FFNError(f"setting {setting!r}: unknown key {key!r}: {_suggest(key, known)}")
+            raise FFNError(f"setting {setting!r}: unknown key {key!r}: {suggest(key, known)}")
         section = getattr(config, section_name)
         value = _parse(key, text.strip(), get_type_hints(type(section))[field_name])
         config = replace(config, **{section_name: replace(section, **{field_name: value})})
@@ -263,7 +263,8 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What may have been meant by `name`, which is none of `known`: the near ones, or all of them."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}"
@@ -278,7 +279,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
             raise FFNError(f"setting {key}={text!r}: expected whole numbers with commas between, like 4,3,3") from None
     if choices:
         if text not in choices:
-            raise FFNError(f"setting {key}={text!r}: {_suggest(text, choices)}")
+            raise FFNError(f"setting {key}={text!r}: {suggest(text, choices)}")
         return text
     try:
         return kind(text)

@@ -46,22 +46,28 @@ def build(
         overrides: list[str] = [],  # noqa: B006
         resumes: str = "",
     ) -> None:
-        # What a pipeline run is found by: KFP's id of it, whatever it is called; on one machine its name.
-        job = name if settings.local else dsl.PIPELINE_JOB_ID_PLACEHOLDER
-        end = place(wiring.finish(job=job), settings).set_display_name("results")
-        with dsl.ExitHandler(end, name="train and promote"):
+        # What a pipeline run is found by: KFP's id of it, whatever it is called; on one machine its name. KFP calls the runs of a
+        # schedule nothing; what they are in Kubernetes has a name always.
+        job, called, resource = (
+            (name, "", "")
+            if settings.local
+            else (dsl.PIPELINE_JOB_ID_PLACEHOLDER, dsl.PIPELINE_JOB_NAME_PLACEHOLDER, dsl.PIPELINE_JOB_RESOURCE_NAME_PLACEHOLDER)
+        )
+        end = place(wiring.finish(job=job), settings)
+        if not settings.local:
+            end.set_display_name("results")
+        with dsl.ExitHandler(end, name="train, promote"):
             begun = wiring.begin(
-                job=job, name=name, called=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, resource=dsl.PIPELINE_JOB_RESOURCE_NAME_PLACEHOLDER,
-                resumes=resumes, version=version, source=source, source_version=source_version, space=space,
-                presets=list(presets), seeds=list(seeds), overrides=overrides,
+                job=job, name=name, called=called, resource=resource, resumes=resumes, version=version, source=source,
+                source_version=source_version, space=space, presets=list(presets), seeds=list(seeds), overrides=overrides,
             )  # fmt: skip
             place(begun, settings)
             run = begun.output
-            ingested = place(wiring.ingest(source=source, source_version=source_version, space=space, parent=run), settings)
+            ingested = place(wiring.ingest(source=source, source_version=source_version, space=space), settings).after(begun)
             for (protocol, preset, seed), box in boxes.items():
                 did = box(data=ingested.outputs["data"], overrides=overrides, parent=run)
                 did.set_caching_options(False)
-                if compared:  # KFP's pages cut a label after some 18 characters: what differs comes first
+                if compared and not settings.local:  # KFP's pages cut a label after some 18 characters: what differs comes first
                     did.set_display_name(f"{preset}{f' seed{seed}' if len(seeds) > 1 else ''} {protocol}")
 
     return pipeline

@@ -124,7 +124,9 @@ def run(
     )
     pipeline = build(protocols, streams, settings, presets=presets, seeds=seeds)
     kfp_root = workspace.root / "kfp"
-    steps = Steps(logs=logs, cache=kfp_root / "cache", environment=workspace.environment(), compared=compared)
+    # A step that is not told its run, so that others find what it made, looks here.
+    told = {**workspace.environment(), "FFN_RUN": name}
+    steps = Steps(logs=logs, cache=kfp_root / "cache", environment=told, compared=compared)
     with alone(steps.logs, name):
         trained = f"presets {', '.join(presets)} x seeds {', '.join(map(str, seeds))}" if compared else f"preset {presets[0]}"
         print(f"run {name}: {len(protocols)} protocols x {len(streams)} streams, {trained}; logs in {steps.logs}", flush=True)

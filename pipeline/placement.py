@@ -27,7 +27,7 @@ CA_FOLDER = "/etc/ffn/ca"
 CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
 """What boto3 and MLflow's client read the authorities' file from."""
 
-LIGHT_CPU, LIGHT_MEMORY = "500m", "2Gi"
+LIGHT_REQUEST = {"cpu": "500m", "memory": "2Gi"}
 """What a light step asks for, unless its limits are lower."""
 
 IDENTITY = 65532
@@ -48,6 +48,7 @@ def place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
         task.set_env_variable(name, value)
     task.set_caching_options(step in (CACHED_LOCALLY if settings.local else CACHED))
     if not settings.local:
+        task.set_env_variable("FFN_IMAGE", settings.image)  # what a run says it was made by
         _resources(task, settings, step)
         _pod(task, settings, step)
     return task
@@ -77,8 +78,8 @@ def _resources(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
     cpu, memory = (settings.cpu, settings.memory) if heavy else (settings.light_cpu, settings.light_memory)
     task.set_cpu_limit(cpu).set_memory_limit(memory)
     task.set_env_variable(THREADS, str(threads(cpu)))
-    task.set_cpu_request(cpu if heavy else min(LIGHT_CPU, cpu, key=amount))
-    task.set_memory_request(memory if heavy else min(LIGHT_MEMORY, memory, key=amount))
+    task.set_cpu_request(cpu if heavy else min(LIGHT_REQUEST["cpu"], cpu, key=amount))
+    task.set_memory_request(memory if heavy else min(LIGHT_REQUEST["memory"], memory, key=amount))
     task.set_env_variable(ATTEMPTS, str(settings.retries + 1))
     kubernetes.set_timeout(task, limit)
     if settings.retries:

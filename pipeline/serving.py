@@ -33,7 +33,7 @@ def follow(model: str, target: str) -> str:
     """
     wanted = champion(model)
     if not wanted:
-        return f"{model}: no champion yet; `ffn promote --model {model}` makes one"
+        return f"{model}: no champion yet; `ffn model promote {model}` makes one"
     where = ("spec", "predictor") if "/inferenceservices/" in target else ("spec", "template", "metadata")
     served: Any = _cluster("GET", target)
     for part in (*where, "annotations", ANNOTATION):

@@ -39,7 +39,7 @@ def run(
         "source_version": source_version or source,
         "space": space,
         "presets": " ".join(presets),
-        "seeds": " ".join(map(str, seeds)),
+        "seeds": " ".join(str(int(seed)) for seed in seeds),  # KFP makes 0.0 of 0
         "overrides": " ".join(overrides),
     }
     where = cluster.where() or machine()

@@ -27,6 +27,7 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, parent: str) -> str
     skeletons = SkeletonSet.open(data)
     require_fit(skeletons, streams, fused, fusion)
     key = digest("register", meta.data_digest, meta.protocol, fusion["weights"], {s: m.key for s, (_, m) in streams.items()})
+    split = skeletons.split(meta.protocol)
     with tracking.child(parent, key=key, name=f"{meta.config.preset}/{meta.protocol}/register", kind="register") as track:
         model = track.logged() or log(track, skeletons, streams, fusion["weights"])
         version = tracking.register(
@@ -35,9 +36,13 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, parent: str) -> str
             key=key,
             run=track.id,
             tags={
+                **tracking.lineage(parent),
                 "protocol": meta.protocol,
                 "preset": meta.config.preset,
                 "data_digest": meta.data_digest,
+                "samples": str(len(skeletons)),
+                "train_samples": str(len(split.train)),
+                "test_samples": str(len(split.test)),
                 "classes": str(len(meta.classes)),
                 "classes_digest": digest(meta.classes),
                 "layout": meta.layout.name,

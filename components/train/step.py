@@ -56,6 +56,8 @@ def run(
         tracking.child(parent, key=key, kind="train", names=names) as track,
         storage.mirrored(checkpoints, f"{key}/{STATE}") as (states, keep),
     ):
+        tracking.note(parent, {tracking.LINEAGE["data_digest"]: skeletons.digest})
+        track.tag(tracking.LINEAGE["data_digest"], skeletons.digest)
         split = skeletons.split(protocol)
         track.params({**names, **flat(config)})
         track.dataset(skeletons, "training", part=f"{protocol}/train", used=len(split.train))

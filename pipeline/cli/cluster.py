@@ -97,8 +97,10 @@ def compile(given: argparse.Namespace) -> None:
         require_name("protocol", protocol)
     for name in given.presets:
         preset(name)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    if given.out.suffix not in (".yaml", ".yml"):
+        raise FFNError(f"--out {given.out}: expected a name that ends with .yaml")
     settings = Settings.from_environment()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     if not settings.pinned:
         print(
             f"ffn: warning: image {settings.image} is a tag: KFP's cache does not see it move; name it by digest",
@@ -252,7 +254,7 @@ def unschedule(given: argparse.Namespace) -> int:
 
 
 def _submission(added: argparse.ArgumentParser) -> None:
-    added.add_argument("pipeline", type=Path, metavar="PIPELINE.yaml", help="what `ffn compile` wrote")
+    added.add_argument("pipeline", type=Path, metavar="PIPELINE.yaml", help="what `ffn cluster compile` wrote")
     added.add_argument("--data", required=True, metavar="SOURCE", help="raw recordings, as the pod of ingest finds them")
     added.add_argument("--data-version", default="", help="names what lies there now: a date, a digest; another one is read anew")
     options.space(added)

@@ -36,7 +36,7 @@ from ffn.inference import FusedModel
 from ffn.layouts import NTU25
 from ffn.scores import Scores
 from pipeline.local import Workspace
-from pipeline.promote import promote as promote_by_hand
+from pipeline.models import promote as promote_by_hand
 from tests.components.conftest import TINY
 from tests.components.test_tracking import children
 from tests.conftest import toy_recordings, write_set
@@ -221,7 +221,7 @@ def test_by_hand_the_gate_decides_too(store: MlflowClient, tmp_path: Path) -> No
         tracking.mark(each, {**same, "top1": top1})
 
     def by_hand(number: str, **how: Any) -> tuple[bool, str]:
-        return promote_by_hand("ffn-p", version=number, workspace=Workspace(root=tmp_path), **how)
+        return promote_by_hand(f"ffn-p/{number}", workspace=Workspace(root=tmp_path), **how)
 
     assert by_hand("1", reason="the first")[0]
     assert tracking.at(one.uri).tags["promoted_because"] == "the first"

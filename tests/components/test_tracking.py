@@ -44,6 +44,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(cluster, "ACCOUNT", tmp_path)
     monkeypatch.setattr(cluster, "TERMINATION", tmp_path / "termination-log")
     monkeypatch.setattr(cluster, "state", lambda run: said.get(run, "RUNNING"))
+    monkeypatch.setattr(cluster, "run", lambda: said.get("this", ""))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("HOSTNAME", "pod-1")
     monkeypatch.setenv("FFN_KFP_UI", "https://kubeflow.example/pipeline")

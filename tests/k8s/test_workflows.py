@@ -50,7 +50,7 @@ def test_who_changes_production_is_asked() -> None:
 
 def test_a_pull_request_trains_its_own_code_and_makes_no_champion() -> None:
     jobs = read(ROOT / ".github/workflows/pipeline.yml")["jobs"]
-    (compiling,) = [step["env"] for step in jobs["run"]["steps"] if "ffn compile" in step.get("run", "")]
+    (compiling,) = [step["env"] for step in jobs["run"]["steps"] if "ffn cluster compile" in step.get("run", "")]
     assert compiling["FFN_IMAGE"] == "${{ needs.image.outputs.image }}"
     assert compiling["FFN_PROMOTE"] == "0"
     head = "${{ github.event.pull_request.head.sha || github.sha }}"
@@ -67,7 +67,8 @@ def test_workflows_and_docs_give_commands_that_exist(capsys: pytest.CaptureFixtu
     indented = [line[4:] for page in pages for line in page.splitlines() if line.startswith("    ")]
     text = "\n".join([scripts, *indented]).replace('"${again[@]}"', "--retry").replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^\s*(ffn .*)$", text, re.MULTILINE)]
-    assert {words[1] for words in commands} >= {"compile", "promote", "rollback", "submit"}
+    verbs = {words[2] if words[1] in ("cluster", "model") else words[1] for words in commands}
+    assert verbs >= {"compile", "diff", "list", "promote", "rollback", "submit"}
     for words in commands:
         parser().parse_args(words[1:])
 

@@ -80,6 +80,7 @@ def test_every_step_runs_alone_on_paths(
         (["run", "--data", ".", "--presets", "S0,S5"], "unknown preset 'S5'"),
         (["run", "--data", ".", "--set", "training.seed=1"], "the seed is an input of its own"),
         (["cluster", "compile", "--presets", "S5", "--out", "x.yaml"], "unknown preset 'S5'"),
+        (["cluster", "compile", "--out", "x"], "--out x: expected a name that ends with .yaml"),
         (["run", "--data", ".", "--set", "training.epochs=0"], "training.epochs=0: expected"),
         (["run", "--data", ".", "--name", "a/b"], "--name 'a/b'"),
         (["run", "--data", ".", "--protocols", "ntu60-xsub,it's"], 'protocol "it\'s"'),

@@ -14,6 +14,7 @@ from ffn.protocols import NTU_PROTOCOLS
 from pipeline.cli import main
 from pipeline.placement import threads
 from pipeline.settings import Settings, Toleration
+from pipeline.submit import load
 
 GOLDEN = Path(__file__).parent / "golden" / "pipeline.yaml"
 """Written anew by `FFN_GOLDEN=write pytest tests/pipeline/test_compile.py`; read the difference before you commit it."""
@@ -134,7 +135,7 @@ def test_only_ingest_and_evaluate_are_cached(spec: Spec) -> None:
     cached = {step for step, *_, task in spec.tasks() if task.get("cachingOptions", {}).get("enableCache")}
     assert cached == {"ingest", "evaluate"}
     assert {step for step, *_ in spec.tasks()} == {
-        "begin", "ingest", "train", "evaluate", "fuse", "register", "gate", "promote", "finish",
+        "begin", "ingest", "train", "evaluate", "fuse", "register", "gate", "promote", "results",
     }  # fmt: skip
 
 
@@ -195,8 +196,51 @@ def test_heavy_steps_run_on_chosen_nodes_with_memory_to_share(spec: Spec) -> Non
         )
         shared = [mount["mountPath"] for mount in pod.get("emptyDirMounts", []) if mount["medium"] == "Memory"]
         assert shared == (["/dev/shm"] if heavy else [])
-        assert pod["podMetadata"]["labels"] == {"app.kubernetes.io/part-of": "ffn", "app.kubernetes.io/component": step}
-        assert pod["securityContext"] == {"runAsNonRoot": True}
+        component = {"results": "finish"}.get(step, step)
+        assert pod["podMetadata"]["labels"] == {"app.kubernetes.io/part-of": "ffn", "app.kubernetes.io/component": component}
+
+
+def test_every_pod_names_user_and_group(spec: Spec) -> None:
+    """Where a pod names no group the kubelet takes root's, and the volume of the states belongs to another."""
+    assert {json.dumps(pod["securityContext"], sort_keys=True) for pod in spec.pods.values()} == {
+        json.dumps({"runAsGroup": "65532", "runAsNonRoot": True, "runAsUser": "65532"})
+    }
+
+
+def test_a_light_step_asks_for_no_more_than_its_limit(cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FFN_LIGHT_CPU", "250m")
+    monkeypatch.setenv("FFN_LIGHT_MEMORY", "1Gi")
+    assert main(["cluster", "compile", "--protocols", "p", "--streams", "j", "--out", str(tmp_path / "p.yaml")]) == 0
+    asked = Spec(tmp_path / "p.yaml").executors["exec-begin"]["container"]["resources"]
+    assert (asked["resourceCpuRequest"], asked["resourceMemoryRequest"]) == ("250m", "1Gi")
+    assert (asked["resourceCpuLimit"], asked["resourceMemoryLimit"]) == ("250m", "1Gi")
+
+
+def test_a_steps_attempts_are_its_own(spec: Spec) -> None:
+    for step, executor, *_ in spec.tasks():
+        assert {"name": "FFN_ATTEMPTS", "value": "3"} in spec.executors[executor]["container"]["env"], step
+
+
+def test_the_version_names_image_and_graph_and_nothing_else(cluster: None, tmp_path: Path) -> None:
+    versions = []
+    for name, streams in (("a", "j"), ("b", "j"), ("c", "j,b")):
+        path = tmp_path / f"{name}.yaml"
+        assert main(["cluster", "compile", "--protocols", "p", "--streams", streams, "--out", str(path)]) == 0
+        versions.append(load(path, {"source": "/x"}).version)
+    first, again, other = versions
+    assert first == again
+    assert [len(part) for part in first.split("-")] == [12, 12]
+    assert first.split("-")[0] == other.split("-")[0] == IMAGE.rpartition("sha256:")[2][:12]
+    assert first != other
+
+
+def test_a_run_of_more_boxes_than_argo_keeps_is_warned_of(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds = ",".join(map(str, range(16)))
+    command = ["cluster", "compile", "--protocols", "p", "--streams", "j", "--seeds", seeds, "--out", str(tmp_path / "p.yaml")]
+    assert main(command) == 0
+    assert "ffn: warning: 16 boxes of protocol, preset and seed" in capsys.readouterr().err
 
 
 def test_a_private_authority_is_trusted_by_both_clients(spec: Spec) -> None:

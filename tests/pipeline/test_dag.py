@@ -49,10 +49,10 @@ def container(spec: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_protocol_trains_every_stream(spec: dict[str, Any]) -> None:
     found = tasks(spec)
-    assert {name: len(found[name]) for name in ("begin", "ingest", "train", "fuse", "promote", "finish")} == {
-        "begin": 1, "ingest": 1, "train": 4, "fuse": 4, "promote": 4, "finish": 1,
+    assert {name: len(found[name]) for name in ("begin", "ingest", "train", "fuse", "promote", "results")} == {
+        "begin": 1, "ingest": 1, "train": 4, "fuse": 4, "promote": 4, "results": 1,
     }  # fmt: skip
-    loops = found["streams"]
+    loops = found["streams j b jm bm"]
     assert [json.loads(loop["parameterIterator"]["items"]["raw"]) for loop in loops] == [list(STREAMS)] * 4
     protocols = {task["inputs"]["parameters"]["protocol"]["runtimeValue"]["constant"] for task in found["train"]}
     assert protocols == set(NTU_PROTOCOLS)
