@@ -120,16 +120,15 @@ def _light(settings: Settings) -> Json:
 
 def light_requests(settings: Settings) -> dict[str, str]:
     """What a light step asks for."""
-    return {
-        "cpu": min(placement.LIGHT_CPU, settings.light_cpu, key=placement.amount),
-        "memory": min(placement.LIGHT_MEMORY, settings.light_memory, key=placement.amount),
-    }
+    limits = {"cpu": settings.light_cpu, "memory": settings.light_memory}
+    return {key: min(asked, limits[key], key=placement.amount) for key, asked in placement.LIGHT_REQUEST.items()}
 
 
 def _pod(settings: Settings, *, name: str, account: str, resources: Json, claims: Mapping[str, str]) -> Json:
     """A step's pod with its own container alone."""
     variables = {
         **settings.environment,
+        "FFN_IMAGE": settings.image,
         placement.THREADS: str(placement.threads(resources["limits"]["cpu"])),
         placement.ATTEMPTS: str(settings.retries + 1),
     }

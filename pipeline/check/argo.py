@@ -19,8 +19,8 @@ def retry_policy(config: Json | None, namespace: str | None) -> Finding:
     The controller merges `templateDefaults` into every template, those that are no step too; what KFP writes into a step's has a
     limit and no policy. As KFP ships it the policy is OnError: a pod that is killed for its memory or evicted is Failed and not run
     again, one that is deleted or invalid is Error and tried `limit` + 1 times on each level of nesting (without a limit, for ever).
-    `Always` with limit 0 gives a step the attempts that KFP wrote, and nothing else any. Beside `templateDefaults` a strategy is for
-    templates that have none.
+    `Always` with limit 0 gives a step the attempts that KFP wrote, and nothing else any. A strategy beside `templateDefaults` is
+    that of templates without one.
 
     Source: mergedTemplateDefaultsInto, retryStrategy, processNodeRetries, inferFailedReason, workflow/controller/operator.go:4448,
     :4276, :1102, :1709 of Argo 4.0.5, RetryPolicyActual, pkg/apis/workflow/v1alpha1/workflow_types.go:2295 ("pod deleted" is

@@ -73,13 +73,12 @@ def named(settings: Settings) -> Iterator[Finding]:
             "MLflow", "is not named: every step would keep its run to itself", "export MLFLOW_TRACKING_URI=http://mlflow.ffn:5000"
         )
     for variable, limit, least in (
-        ("FFN_LIGHT_CPU", settings.light_cpu, placement.LIGHT_CPU),
-        ("FFN_LIGHT_MEMORY", settings.light_memory, placement.LIGHT_MEMORY),
+        ("FFN_LIGHT_CPU", settings.light_cpu, placement.LIGHT_REQUEST["cpu"]),
+        ("FFN_LIGHT_MEMORY", settings.light_memory, placement.LIGHT_REQUEST["memory"]),
     ):
         if amount(limit) < amount(least):
-            yield warning(
-                variable, f"{limit} is below the {least} that light steps do well with", f"export {variable}={least} or more"
-            )
+            said = f"{limit} is below the {least} that light steps do well with"
+            yield warning(variable, said, f"export {variable}={least} or more")
     if amount(settings.shm) >= amount(settings.memory):
         yield warning(
             "FFN_SHM", f"{settings.shm} counts as memory, of which a heavy step has {settings.memory}", "export FFN_SHM=8Gi"
