@@ -69,13 +69,13 @@ def examine(
 
     needs = [_look(cluster, f"{inside}/serviceaccounts/{account}", lambda found: account_there(found, account, namespace))]
     needs += _names(cluster, inside, settings, namespace)
-    config, where, hidden = _argo(cluster, namespace)
-    for name, keys in artifact_secrets(config).items():
-        needs.append(_look(cluster, f"{inside}/secrets/{name}", _secret_of(name, namespace, keys)))
     claims = list(_claims(cluster, inside, settings, namespace))
     for finding in (*needs, *(finding for finding, _ in claims)):
         blocked |= finding.state is State.FAILED
         yield finding
+    config, where, hidden = _argo(cluster, namespace)
+    for name, keys in artifact_secrets(config).items():
+        yield _look(cluster, f"{inside}/secrets/{name}", _secret_of(name, namespace, keys))
     nodes = _listed_or_none(cluster, "/api/v1/nodes")
     for finding, held in claims:
         if held and finding.state is State.OK and held["metadata"]["name"] == settings.checkpoints_claim:
