@@ -7,6 +7,7 @@ pod's account may do, and leaves one JSON object where whoever may see the pod c
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -80,7 +81,7 @@ def _patiently(name: str, part: Callable[[], str]) -> Part:
 def _cause(error: Exception) -> str:
     """The first line; of what urllib3 says of its own doings the cause, which comes last."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.rpartition("(Caused by ")[2]
+    return re.sub(r"""^\w+\(["'](.*)["']\)+$""", r"\1", line.rpartition("(Caused by ")[2])
 
 
 def _torch() -> str:

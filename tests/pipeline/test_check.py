@@ -752,6 +752,22 @@ def test_a_folder_that_refuses_says_whose_it_is(monkeypatch: pytest.MonkeyPatch,
     assert said.startswith(f"{tmp_path} belongs to ")
 
 
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        (
+            "API request failed with exception HTTPConnectionPool(host='m', port=5000): Max retries exceeded with url: /api (Caused by "
+            "NewConnectionError(\"HTTPConnection(host='m', port=5000): Failed: [Errno 111] Connection refused\"))",
+            "HTTPConnection(host='m', port=5000): Failed: [Errno 111] Connection refused",
+        ),
+        ("error code 401 != 200. Response body: 'no'\nmore", "error code 401 != 200. Response body: 'no'"),
+        ("", "ValueError"),
+    ],
+)
+def test_the_cause_of_an_error(said: str, cause: str) -> None:
+    assert health._cause(ValueError(said)) == cause
+
+
 def test_folders_of_the_cluster_are_not_looked_for_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.setenv("FFN_CHECKPOINTS", "/mnt/checkpoints")
