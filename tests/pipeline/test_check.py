@@ -756,7 +756,7 @@ def test_a_folder_that_refuses_says_whose_it_is(monkeypatch: pytest.MonkeyPatch,
     ("said", "cause"),
     [
         (
-            "API request failed with exception HTTPConnectionPool(host='m', port=5000): Max retries exceeded with url: /api (Caused by "
+            "API request failed with exception HTTPConnectionPool(host='m', port=5000): Max retries exceeded (Caused by "
             "NewConnectionError(\"HTTPConnection(host='m', port=5000): Failed: [Errno 111] Connection refused\"))",
             "HTTPConnection(host='m', port=5000): Failed: [Errno 111] Connection refused",
         ),
