@@ -61,8 +61,8 @@ def _plain(value: Any) -> Any:
 
 def _run(step: str, inputs: Mapping[str, Any], *, last: bool) -> Any:
     """The step in this process. An error that ends it for good is written down before it is raised."""
-    run = importlib.import_module(f"components.{step}.step").run
     try:
+        run = importlib.import_module(f"components.{step}.step").run
         return run(**{name: inputs[name] for name in inspect.signature(run).parameters})
     except Mistake as mistake:
         _record(step, inputs, str(mistake))

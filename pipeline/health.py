@@ -7,6 +7,7 @@ pod's account may do, and leaves one JSON object where whoever may see the pod c
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -14,15 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-POD = "KUBERNETES_SERVICE_HOST"
-"""Every pod has it. Elsewhere FFN_CHECKPOINTS and FFN_DATA name folders that are not this machine's."""
-
 POLICY_SECONDS = 3.0
 """Network rules are enforced up to some seconds after a pod's start, whether they open a way or close it."""
 PATIENCE = 15.0
 """How long what another machine answers is tried again."""
 
-TERMINATION_LOG = Path("/dev/termination-log")
 SAID = 300
 """Characters of an answer: Kubernetes keeps 4096 bytes of what a container leaves."""
 
@@ -50,8 +47,12 @@ def report(rights: Sequence[dict[str, str]]) -> dict[str, Any]:
         where, allowed[:] = _allowed(rights)
         return where
 
-    parts += [_patiently("Kubernetes", kubernetes), _patiently("MLflow", _mlflow)]
-    parts += [_patiently("states", _states), _tried("data", _data)]
+    parts.append(_patiently("Kubernetes", kubernetes))
+    for name, variable, part in (
+        ("MLflow", "MLFLOW_TRACKING_URI", _mlflow), ("states", "FFN_CHECKPOINTS", _states), ("data", "FFN_DATA", _data),
+    ):  # fmt: skip
+        if variable in os.environ:
+            parts.append(_patiently(name, part))
     return {
         "parts": [(name, works, said[:SAID]) for name, works, said in parts],
         "version": _mlflow_version() if _works(parts, "MLflow") else "",
@@ -80,7 +81,7 @@ def _patiently(name: str, part: Callable[[], str]) -> Part:
 def _cause(error: Exception) -> str:
     """The first line; of what urllib3 says of its own doings the cause, which comes last."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.rpartition("(Caused by ")[2]
+    return re.sub(r"""^\w+\(["'](.*)["']\)+$""", r"\1", line.rpartition("(Caused by ")[2])
 
 
 def _torch() -> str:
@@ -128,13 +129,13 @@ def _mlflow_version() -> str:
 
 def _states() -> str:
     """Where trainings keep the state of every epoch: a store that answers, or in a pod a folder that can be written to."""
-    from components import storage
+    from components import cluster, storage
 
     uri = os.environ.get("FFN_CHECKPOINTS", "")
     if storage.remote(uri):
         storage.reach(uri)
         return uri
-    if not uri or POD not in os.environ:
+    if not uri or not cluster.inside():  # elsewhere the folder is not this machine's
         return "FFN_CHECKPOINTS names none"
     with _as_we_are(Path(uri)), tempfile.NamedTemporaryFile(dir=uri, prefix=".ffn-check-") as file:
         file.write(b"x")
@@ -145,8 +146,10 @@ def _states() -> str:
 
 def _data() -> str:
     """Where ingest finds recordings: in a pod, a folder that can be read."""
+    from components import cluster
+
     folder = os.environ.get("FFN_DATA", "")
-    if not folder or POD not in os.environ:
+    if not folder or not cluster.inside():
         return "FFN_DATA names none"
     with _as_we_are(Path(folder)):
         return f"{folder}, {len(os.listdir(folder))} entries"
@@ -169,23 +172,33 @@ def _us() -> str:
 
 def _allowed(rights: Sequence[dict[str, str]]) -> tuple[str, list[bool | None]]:
     """Where Kubernetes' API answers, and which of the rights our own account has; whoever we are may ask that."""
-    from pipeline.kube import Cluster
+    import requests
 
-    cluster = Cluster.connect()
-    asked = [{"spec": {"resourceAttributes": right}} for right in rights] or [{"spec": {"nonResourceAttributes": {"path": "/"}}}]
-    answers: list[bool | None] = [
-        bool(cluster.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body)["status"].get("allowed"))
-        for body in asked
-    ]
-    return cluster.where, answers[: len(rights)]
+    from components.cluster import ACCOUNT
+
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    where = f"https://{f'[{host}]' if ':' in host else host}:{port}"
+    headers = {"Authorization": f"Bearer {(ACCOUNT / 'token').read_text().strip()}"}
+
+    def allowed(spec: dict[str, Any]) -> bool:
+        answer = requests.post(
+            f"{where}/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
+            json={"spec": spec}, headers=headers, verify=str(ACCOUNT / "ca.crt"), timeout=10,
+        )  # fmt: skip
+        answer.raise_for_status()
+        return bool(answer.json()["status"].get("allowed"))
+
+    allowed({"nonResourceAttributes": {"path": "/version", "verb": "get"}})  # it answers, whatever it says
+    return where, [allowed({"resourceAttributes": right}) for right in rights]
 
 
 def main() -> None:
     """The report, on stdout and where Kubernetes takes it from."""
+    from components import cluster
+
     told = json.dumps(report(json.loads(sys.argv[1])))
     print(told, flush=True)
-    if POD in os.environ:
-        TERMINATION_LOG.write_text(told)
+    cluster.leave_word(told)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from enum import StrEnum
 from types import FrameType
 from typing import NoReturn
 
-import yaml
-
 from pipeline import placement
 from pipeline.kube import Absent, Cluster, Denied, Json, Rejected
 from pipeline.settings import Settings
@@ -28,8 +26,6 @@ PLACE_SECONDS = 20
 """How long a pod may have no node: a volume is bound, a node becomes free."""
 POLL_SECONDS = 1.0
 
-USER = 65532
-"""User and group of the image, and of every step."""
 WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
 """Argo puts it on every pod of a run; the network policies select steps by it."""
 
@@ -119,12 +115,23 @@ def _recordings(settings: Settings) -> dict[str, str]:
 
 
 def _light(settings: Settings) -> Json:
-    return {"requests": dict(placement.LIGHT_REQUEST), "limits": {"cpu": settings.light_cpu, "memory": settings.light_memory}}
+    return {"requests": light_requests(settings), "limits": {"cpu": settings.light_cpu, "memory": settings.light_memory}}
+
+
+def light_requests(settings: Settings) -> dict[str, str]:
+    """What a light step asks for."""
+    limits = {"cpu": settings.light_cpu, "memory": settings.light_memory}
+    return {key: min(asked, limits[key], key=placement.amount) for key, asked in placement.LIGHT_REQUEST.items()}
 
 
 def _pod(settings: Settings, *, name: str, account: str, resources: Json, claims: Mapping[str, str]) -> Json:
     """A step's pod with its own container alone."""
-    variables = {**settings.environment, placement.THREADS: str(placement.threads(resources["limits"]["cpu"]))}
+    variables = {
+        **settings.environment,
+        "FFN_IMAGE": settings.image,
+        placement.THREADS: str(placement.threads(resources["limits"]["cpu"])),
+        placement.ATTEMPTS: str(settings.retries + 1),
+    }
     volumes = [{"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in dict.fromkeys(claims.values())]
     mounts = [{"name": claim, "mountPath": folder} for folder, claim in claims.items()]
     if settings.ca:
@@ -137,7 +144,7 @@ def _pod(settings: Settings, *, name: str, account: str, resources: Json, claims
             env += [{"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}} for key in keys]
     main = {
         "name": "main", "image": settings.image, "command": ["true"], "env": env, "resources": resources, "volumeMounts": mounts,
-        "securityContext": {**HARDENED, "runAsUser": USER, "runAsGroup": USER},
+        "securityContext": {**HARDENED, "runAsUser": placement.IDENTITY, "runAsGroup": placement.IDENTITY},
     }  # fmt: skip
     spec: Json = {
         "restartPolicy": "Never", "serviceAccountName": account, "securityContext": {"seccompProfile": HARDENED["seccompProfile"]},
@@ -177,20 +184,13 @@ def _of_a_run(made: Json, executor: Json | None) -> Json:
     """
     argo = {
         "image": EXECUTOR_IMAGE,
-        "securityContext": {**HARDENED, "runAsUser": USER},
+        "securityContext": {**HARDENED, "runAsUser": 65532},
         **{key: value for key, value in (executor or {}).items() if key in ("resources", "securityContext")},
     }
     launcher = {"image": LAUNCHER_IMAGE, "securityContext": HARDENED, "resources": LAUNCHER_RESOURCES}
     made["spec"]["initContainers"] = [{"name": "init", **argo}, {"name": "kfp-launcher", **launcher}]
     made["spec"]["containers"].append({"name": "wait", **argo})
     return made
-
-
-def executor(config: Json | None) -> Json | None:
-    """Argo's configuration of its own containers, in its ConfigMap."""
-    data = (config or {}).get("data") or {}
-    found = yaml.safe_load(data["config"]).get("executor") if "config" in data else yaml.safe_load(data.get("executor", ""))
-    return found if isinstance(found, dict) else None
 
 
 def dry_run(cluster: Cluster, namespace: str, pod: Json) -> tuple[Outcome, Json]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ffn.errors import FFNError
 from pipeline import placement, probe
-from pipeline.check.argo import CONFIG, retry_policy
+from pipeline.check.argo import CONFIG, artifact_secrets, executor, retry_policy
 from pipeline.check.finding import Finding, State, failed, not_seen, warning
 from pipeline.check.names import (
     account_there,
@@ -73,6 +73,9 @@ def examine(
     for finding in (*needs, *(finding for finding, _ in claims)):
         blocked |= finding.state is State.FAILED
         yield finding
+    config, where, hidden = _argo(cluster, namespace)
+    for name, keys in artifact_secrets(config).items():
+        yield _look(cluster, f"{inside}/secrets/{name}", _secret_of(name, namespace, keys))
     nodes = _listed_or_none(cluster, "/api/v1/nodes")
     for finding, held in claims:
         if held and finding.state is State.OK and held["metadata"]["name"] == settings.checkpoints_claim:
@@ -90,12 +93,11 @@ def examine(
         except Denied as denied:
             yield not_seen(f"{kind} in {namespace}", str(denied))
 
-    config, where, hidden = _argo(cluster, namespace)
     if space:
         yield security_level(space)
     tolerations = probe.tolerations(settings)
     for what, make in (("A training's pod", probe.train), ("A light step's pod", probe.ingest)):
-        sent = make(settings, name=probe.name(), account=account, executor=probe.executor(config))
+        sent = make(settings, name=probe.name(), account=account, executor=executor(config))
         try:
             outcome, made = probe.dry_run(cluster, namespace, sent)
         except Denied as denied:
@@ -147,9 +149,11 @@ def _kfp(server: Callable[[], Server], given: str) -> tuple[list[Finding], Json]
         healthz = replace(asked, patience=KFP_PATIENCE).get("healthz")
         return [kfp_version(healthz, asked.endpoint.url), *profile(healthz, given)], healthz
     except Unreachable as error:
-        return [failed(what, f"does not answer: {error}", "FFN_KFP_URL; kubectl -n kubeflow get pods -l app=ml-pipeline")], {}
+        return [
+            failed(what, f"does not answer: {error}", "see FFN_KFP_URL, and kubectl -n kubeflow get pods -l app=ml-pipeline")
+        ], {}
     except Refused as error:
-        return [failed(what, f"refuses us: {error}", "FFN_KFP_TOKEN, FFN_KFP_TOKEN_FILE or FFN_KFP_COOKIE")], {}
+        return [failed(what, f"refuses us: {error}", "set FFN_KFP_TOKEN, FFN_KFP_TOKEN_FILE or FFN_KFP_COOKIE")], {}
     except FFNError as error:
         return [failed(what, f"cannot be asked: {error}", "see docs/cluster.md")], {}
 

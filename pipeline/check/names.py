@@ -21,7 +21,7 @@ def kubernetes_version(version: Json) -> Finding:
     """Of `GET /version`."""
     said = str(version.get("gitVersion", "")).removeprefix("v")
     if (found := version_of(said)) and found < KUBERNETES:
-        return warning("Kubernetes", f"{said} is older than {dots(KUBERNETES)}", "what is older is not tested")
+        return warning("Kubernetes", f"{said} is older than {dots(KUBERNETES)}", "upgrade it, or try: older ones are not tested")
     return ok("Kubernetes", said)
 
 
@@ -30,11 +30,11 @@ def kfp_version(healthz: Json, where: str) -> Finding:
     said = str(healthz.get("tag_name", ""))
     found, what = version_of(said), "Kubeflow Pipelines"
     if found is None:
-        return warning(what, f"at {where} does not tell its version ({said or 'none'})", f"proven is {dots(KFP_PROVEN)}")
+        return warning(what, f"at {where} does not tell its version ({said or 'none'})", f"runs are proven on {dots(KFP_PROVEN)}")
     if found < KFP_OLDEST:
         return failed(what, f"{said} does not tell a run's end to `finish`", f"upgrade to {dots(KFP_PROVEN)}")
     if found[:2] != KFP_PROVEN:
-        return warning(what, f"{said} is not the version that runs were proven on", f"proven is {dots(KFP_PROVEN)}")
+        return warning(what, f"{said} is not what runs are proven on", f"use {dots(KFP_PROVEN)}, or try")
     return ok(what, said)
 
 
@@ -48,7 +48,7 @@ def namespace_there(found: Json | None, name: str) -> Finding:
     """Of the namespace where runs live."""
     what = f"Namespace {name}"
     if found is None:
-        return failed(what, "is not there", "kubectl apply -k k8s/runs; FFN_KFP_NAMESPACE names another")
+        return failed(what, "is not there", "kubectl apply -k k8s/runs, or name another in FFN_KFP_NAMESPACE")
     if found.get("status", {}).get("phase") == "Terminating":
         return failed(what, "is being deleted", "wait until it is gone, then kubectl apply -k k8s/runs")
     return ok(what)
@@ -59,7 +59,7 @@ def account_there(found: Json | None, name: str, namespace: str) -> Finding:
     what = f"ServiceAccount {name} in {namespace}"
     if found is None:
         return failed(
-            what, "is not there", f"kubectl -n {namespace} apply -f k8s/runs/account.yaml; FFN_SERVICE_ACCOUNT names another"
+            what, "is not there", f"kubectl -n {namespace} apply -f k8s/runs/account.yaml, or name another in FFN_SERVICE_ACCOUNT"
         )
     return ok(what)
 
@@ -72,14 +72,13 @@ def named(settings: Settings) -> Iterator[Finding]:
         yield failed(
             "MLflow", "is not named: every step would keep its run to itself", "export MLFLOW_TRACKING_URI=http://mlflow.ffn:5000"
         )
-    for variable, limit, resource in (
-        ("FFN_LIGHT_CPU", settings.light_cpu, "cpu"),
-        ("FFN_LIGHT_MEMORY", settings.light_memory, "memory"),
+    for variable, limit, least in (
+        ("FFN_LIGHT_CPU", settings.light_cpu, placement.LIGHT_REQUEST["cpu"]),
+        ("FFN_LIGHT_MEMORY", settings.light_memory, placement.LIGHT_REQUEST["memory"]),
     ):
-        if amount(limit) < amount(request := placement.LIGHT_REQUEST[resource]):
-            yield failed(
-                variable, f"{limit} is below the {request} that a light step requests", f"export {variable}={request} or more"
-            )
+        if amount(limit) < amount(least):
+            said = f"{limit} is below the {least} that light steps do well with"
+            yield warning(variable, said, f"export {variable}={least} or more")
     if amount(settings.shm) >= amount(settings.memory):
         yield warning(
             "FFN_SHM", f"{settings.shm} counts as memory, of which a heavy step has {settings.memory}", "export FFN_SHM=8Gi"
@@ -129,7 +128,7 @@ def authorities(found: Json | None, *, name: str, namespace: str) -> Finding:
     what = f"ConfigMap {name} in {namespace}"
     if not ((found or {}).get("data") or {}).get("ca.crt"):
         made = f"kubectl -n {namespace} create configmap {name} --from-file=ca.crt"
-        return failed(what, "is not there", made) if found is None else failed(what, "lacks ca.crt", f"{made} (delete it before)")
+        return failed(what, "is not there", made) if found is None else failed(what, "lacks ca.crt", f"delete it, then {made}")
     return ok(what)
 
 
@@ -137,9 +136,7 @@ def claim(found: Json | None, *, name: str, namespace: str, variable: str, bindi
     """Of a volume claim; `binding` is the volumeBindingMode of its class, empty where there is none."""
     what = f"PersistentVolumeClaim {name} in {namespace}"
     if found is None:
-        return failed(
-            what, "is not there", f"kubectl apply -k k8s/runs makes that of k8s/runs/checkpoints.yaml; {variable} names another"
-        )
+        return failed(what, "is not there", f"make it (k8s/runs/checkpoints.yaml), or name another in {variable}")
     phase, modes = found.get("status", {}).get("phase", ""), found.get("spec", {}).get("accessModes") or []
     if found["metadata"].get("deletionTimestamp"):
         return failed(what, "is being deleted", "wait until it is gone, then make it again")
@@ -161,7 +158,10 @@ def shared(found: Json, *, namespace: str, nodes: int | None) -> Iterator[Findin
     if "ReadWriteMany" in modes or (nodes == 1 and "ReadWriteOnce" in modes):
         return
     what = f"PersistentVolumeClaim {found['metadata']['name']} in {namespace}"
-    said, remedy = f"is {', '.join(modes)}, and written to by several trainings at once", "a claim with accessModes [ReadWriteMany]"
+    said, remedy = (
+        f"is {', '.join(modes)}, and written to by several trainings at once",
+        "name a claim with accessModes [ReadWriteMany]",
+    )
     if nodes is None:
         yield warning(what, f"{said}: how many nodes there are we may not see", remedy)
     else:

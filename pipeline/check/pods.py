@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 
-from pipeline import probe
+from pipeline import placement
 from pipeline.check.finding import Finding, dots, failed, ok, version_of, warning
 from pipeline.kube import Json
 from pipeline.probe import End, Outcome
@@ -28,7 +28,11 @@ def admitted(what: str, outcome: Outcome, warnings: Sequence[str], namespace: st
         return
     violated = [each for each in warnings if "PodSecurity" in each]
     if violated:
-        yield warning(what, f"is admitted, and warned of: {violated[0]}", "what the pod lacks KFP's or Argo's administrator sets")
+        yield warning(
+            what,
+            f"is admitted, and warned of: {violated[0]}",
+            "tell KFP's administrator: Argo's executor and KFP's launcher are theirs",
+        )
     else:
         yield ok(what, "is admitted")
 
@@ -44,11 +48,11 @@ def refusal_remedy(message: str, namespace: str) -> str:
         ("violates PodSecurity", f"kubectl label namespace {namespace} --overwrite pod-security.kubernetes.io/enforce=baseline"),
         ("exceeded quota", f"kubectl -n {namespace} get resourcequota; raise it, or ask for less (FFN_CPU, FFN_MEMORY, FFN_GPUS)"),
         # A quota on limits wants one of every container, and Argo's have none.
-        ("must specify", f"a LimitRange in {namespace} with a default for Argo's containers, which ask for nothing"),
+        ("must specify", f"make a LimitRange in {namespace} with defaults: Argo's containers ask for nothing"),
         ("usage per", f"kubectl -n {namespace} get limitrange; change it, or FFN_CPU, FFN_MEMORY, FFN_LIGHT_CPU, FFN_LIGHT_MEMORY"),
         ("request ratio per", f"kubectl -n {namespace} get limitrange; change it, or FFN_LIGHT_CPU, FFN_LIGHT_MEMORY"),
         ("error looking up service account", f"kubectl -n {namespace} apply -f k8s/runs/account.yaml"),
-        ("must be less than or equal to", "a request above its limit: FFN_LIGHT_CPU, FFN_LIGHT_MEMORY"),
+        ("must be less than or equal to", "raise what is below its request: FFN_LIGHT_CPU, FFN_LIGHT_MEMORY"),
         ("admission webhook", "ask who runs that webhook what it wants of pods"),
     )  # fmt: skip
     return next((remedy for part, remedy in remedies if part in message), "mend what the API names")
@@ -77,7 +81,7 @@ def mlflow_version(said: str) -> Finding:
     found, (oldest, below) = version_of(said), MLFLOW
     if found is None or not oldest <= found < below:
         return warning(
-            "MLflow", f"{said} is not from {dots(oldest)} to below {dots(below)}", "an image of the server of this version"
+            "MLflow", f"{said} is not from {dots(oldest)} to below {dots(below)}", "give the server a version between these"
         )
     return ok("MLflow", said)
 
@@ -90,7 +94,7 @@ def pod_remedy(outcome: Outcome, settings: Settings, namespace: str) -> str:
     if outcome.end is End.UNSCHEDULABLE:
         return _first(said, UNSCHEDULABLE, "kubectl get nodes")
     if outcome.end is End.IMAGE:
-        secret = "FFN_PULL_SECRET names the Secret that it is pulled with" + (
+        secret = "name in FFN_PULL_SECRET the Secret that it is pulled with" + (
             f" (now {settings.pull_secret})" if settings.pull_secret else ""
         )
         return _first(said, IMAGE, f"see that nodes reach the registry of {settings.image}").format(secret=secret)
@@ -98,18 +102,19 @@ def pod_remedy(outcome: Outcome, settings: Settings, namespace: str) -> str:
         return _first(said, NOT_STARTED, "mend what the node names")
     if outcome.end is End.LATE:
         return _first(said, LATE, f"kubectl -n {namespace} get events; a pod of a run would wait as long")
-    return _first(said, DIED, f"an image of this version of ffn: FFN_IMAGE is {settings.image}")
+    return _first(said, DIED, "set FFN_IMAGE to an image of this version of ffn")
 
 
 Remedies = tuple[tuple[str, str], ...]
 """(what to look for, what to do), the first that is found."""
 
 UNSCHEDULABLE: Remedies = (
-    ("untolerated taint", "FFN_TOLERATIONS, with the taint that is named as key=value:effect"),
-    ("taints that the pod didn't tolerate", "FFN_TOLERATIONS, with the taint as key=value:effect"),
-    ("node affinity/selector", "FFN_NODE_SELECTOR, or label the nodes"),
-    ("ersistentVolume", "kubectl get pv,storageclass; the claims' volumes must be where the pod may go"),
-    ("Insufficient", "the nodes are full: wait, or more nodes"),
+    ("were unschedulable", "kubectl uncordon the nodes that are meant"),
+    ("untolerated taint", "add the taint to FFN_TOLERATIONS, as key=value:effect"),
+    ("taints that the pod didn't tolerate", "add the taint to FFN_TOLERATIONS, as key=value:effect"),
+    ("node affinity/selector", "label the nodes, or change FFN_NODE_SELECTOR"),
+    ("ersistentVolume", "see kubectl get pv,storageclass: the claims' volumes must be where the pod may go"),
+    ("Insufficient", "the nodes are full: wait, or add nodes"),
 )
 IMAGE: Remedies = (
     (r"nauthorized|authentication required|no basic auth|denied|orbidden|\b40[13]\b", "{secret}"),
@@ -120,8 +125,8 @@ IMAGE: Remedies = (
 NOT_STARTED: Remedies = (
     ("[Ss]ecret", "make that Secret with that key: kubectl apply -k k8s/secrets"),
     ("[Cc]onfig[Mm]ap", "make that ConfigMap: FFN_CA names it"),
-    ("runAsNonRoot|run as root", "an image that does not run as root: FFN_IMAGE"),
-    ("executable file not found|no such file", "an image with python3 and ffn: FFN_IMAGE"),
+    ("runAsNonRoot|run as root", "set FFN_IMAGE to an image that does not run as root"),
+    ("executable file not found|no such file", "set FFN_IMAGE to an image of ffn"),
 )
 LATE: Remedies = (
     ("FailedMount.*(configmap|secret)", "make what is named: FFN_CA, FFN_MLFLOW_SECRET, FFN_S3_SECRET"),
@@ -129,12 +134,12 @@ LATE: Remedies = (
         "FailedMount|FailedAttachVolume|Multi-Attach",
         "the volume cannot be mounted there: see its driver, and that no other node holds it",
     ),
-    ("Pulling|ContainerCreating", "a large image on a slow way: pull it before, or a registry nearer by"),
+    ("Pulling|ContainerCreating", "pull the image before, or from a registry nearer by"),
 )
 DIED: Remedies = (
-    ("OOMKilled", "more FFN_LIGHT_MEMORY"),
-    ("DeadlineExceeded", "the pod began late: the image is large or the node slow; try again"),
-    ("Evicted|Preempt", "the node ran out of something, or a more important pod came: try again"),
+    ("OOMKilled", "raise FFN_LIGHT_MEMORY"),
+    ("DeadlineExceeded", "try again: the pod began late, its image is large or the node slow"),
+    ("Evicted|Preempt", "try again: the node ran out of something, or a more important pod came"),
 )
 
 
@@ -142,15 +147,15 @@ def part_remedy(name: str, said: str, settings: Settings, namespace: str) -> str
     """What to do about something that does not work in a pod."""
     stored = settings.checkpoints.startswith("s3://")
     if name == "torch":
-        return "an image for this kind of node: FFN_IMAGE"
+        return "set FFN_IMAGE to an image for this kind of node"
     if name == "scratch":
-        return "/tmp must be writable"
+        return "make /tmp writable in the image that FFN_IMAGE names"
     if name == "data":
-        return f"the volume of {settings.data_claim} must be readable by user and group {probe.USER}"
+        return f"make the volume of {settings.data_claim} readable by user and group {placement.IDENTITY}"
     if name == "states" and not stored:
         return (
-            f"hand the volume of {settings.checkpoints_claim} to group {probe.USER}: a pod with that fsGroup mounts it once "
-            "(k8s/runs/checkpoints.yaml); NFS is exported to that group"
+            f"hand the volume of {settings.checkpoints_claim} to group {placement.IDENTITY}: a pod with that fsGroup mounts it "
+            "once (k8s/runs/checkpoints.yaml); NFS is exported to that group"
         )
     variable, names, account = {
         "MLflow": ("MLFLOW_TRACKING_URI", "FFN_MLFLOW_SECRET", settings.mlflow_secret),
@@ -158,17 +163,17 @@ def part_remedy(name: str, said: str, settings: Settings, namespace: str) -> str
     }.get(name, ("the API's address", "FFN_SERVICE_ACCOUNT", ""))
     rules = f"the network rules of {namespace} (k8s/runs/network.yaml)"
     found: Remedies = (
-        ("esolve|esolution|Name or service", f"a name within the cluster in {variable}; {rules} must let steps reach its DNS"),
-        ("no bucket", "make the bucket, or another FFN_CHECKPOINTS"),
+        ("esolve|esolution|Name or service", f"set {variable} to a name within the cluster; {rules} must let steps reach its DNS"),
+        ("Invalid Host", f"add name:port as in {variable} to the server's MLFLOW_SERVER_ALLOWED_HOSTS"),
+        ("no bucket", "make the bucket, or change FFN_CHECKPOINTS"),
         (
             r"\b40[13]\b|nauthor|authenticat|no keys|refused the keys",
-            f"the account in the Secret that {names} names (now {account or 'none'})",
+            f"mend the account in the Secret that {names} names (now {account or 'none'})",
         ),
         (
             "CERTIFICATE|certificate|SSL|not trusted",
-            f"FFN_CA names a ConfigMap with the authority as ca.crt (now {settings.ca or 'none'})",
+            f"name in FFN_CA a ConfigMap with the authority as ca.crt (now {settings.ca or 'none'})",
         ),
-        ("Invalid Host", f"MLFLOW_SERVER_ALLOWED_HOSTS of the server must hold name:port as in {variable}"),
         (
             "refused|timed out|imeout|unreachable|No route|no connection",
             f"see that it runs; {variable} and {rules} must lead there",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from ffn.config import STREAMS
-from pipeline import placement, probe
+from pipeline import probe
 from pipeline.check.finding import Finding, amount, failed, ok, text, warning
 from pipeline.kube import Json
 from pipeline.settings import Settings
@@ -35,7 +35,7 @@ def demands(settings: Settings) -> tuple[Demand, Demand]:
     light = {"cpu": settings.light_cpu, "memory": settings.light_memory}
     return (
         Demand(what="a training", requests=heavy, limits=heavy),
-        Demand(what="a light step", requests=placement.LIGHT_REQUEST, limits=light),
+        Demand(what="a light step", requests=probe.light_requests(settings), limits=light),
     )
 
 
@@ -145,7 +145,7 @@ def light_nodes(nodes: Sequence[Json], settings: Settings) -> Finding:
     what = "Nodes for light steps:"
     if none:
         said, _ = none
-        return failed(what, said, "a node without taints, with 500m of CPU and 2Gi to give")
+        return failed(what, said, "add a node without taints, with 500m of CPU and 2Gi to give")
     return ok(what, f"{len(fitting)} of {len(nodes)}")
 
 
@@ -160,14 +160,14 @@ def _fitting(
     if not found:
         return [], (
             f"none of {len(nodes)} has the labels {wanted}",
-            f"kubectl label node <name> {wanted.replace(',', ' ')}; or FFN_NODE_SELECTOR",
+            f"kubectl label node <name> {wanted.replace(',', ' ')}, or change FFN_NODE_SELECTOR",
         )
     if settings.gpus:
         most = max(_allocatable(node, settings.gpu) for node in found)
         if not most:
             return [], (
                 f"none of {len(found)} offers {settings.gpu}",
-                "install the vendor's device plugin; FFN_GPU names another kind, FFN_GPUS=0 trains on CPUs",
+                "install the vendor's device plugin, or name another kind in FFN_GPU; FFN_GPUS=0 trains on CPUs",
             )
         if most < settings.gpus:
             return [], (f"none has {settings.gpus} {settings.gpu}, the most is {text(most)}", f"export FFN_GPUS={text(most)}")
@@ -176,7 +176,7 @@ def _fitting(
     if not large:
         cpu, memory = (max(_allocatable(node, key) for node in found) for key in ("cpu", "memory"))
         said = f"none has cpu {asked['cpu']} and memory {asked['memory']} to give"
-        return [], (said, f"FFN_CPU below {text(cpu)} and FFN_MEMORY below {int(memory // 2**30)}Gi, or larger nodes")
+        return [], (said, f"set FFN_CPU below {text(cpu)} and FFN_MEMORY below {int(memory // 2**30)}Gi, or add larger nodes")
     tolerated = [node for node in large if not _taints(node, tolerations)]
     if not tolerated:
         taints = min((_taints(node, tolerations) for node in large), key=len)
