@@ -41,7 +41,7 @@ def clean(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.clean
 def test_a_registered_model_and_a_streams_load_in_an_environment_of_their_requirements(
     store: MlflowClient, toy: SkeletonSet, tmp_path: Path, clean: Path
 ) -> None:
