@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import ParamSpec, TypeVar
 
-from ffn.errors import FFNError
+from ffn.errors import Fault, FFNError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,6 +38,8 @@ class Mistake(SystemExit):
 def step(run: Callable[P, R]) -> Callable[P, R]:
     """`run` as the main function of a process: what a person can mend is one line on stderr and a `Mistake`, exit status 2.
 
+    A `Fault` is the line, and goes on.
+
     SIGTERM (an evicted pod, an interrupted local run) unwinds the step, so that its MLflow run is closed.
     """
 
@@ -49,6 +51,8 @@ def step(run: Callable[P, R]) -> Callable[P, R]:
             return run(*args, **kwargs)
         except FFNError as error:
             print(f"ffn: error: {error}", file=sys.stderr, flush=True)
+            if isinstance(error, Fault):
+                raise
             raise Mistake(str(error)) from None
         finally:
             if in_main:

@@ -1,10 +1,10 @@
 """The attempts of a step within its pod: a process each, begun again where it died, never where its user made a mistake.
 
-KFP's launcher reports every end of a step as exit status 1, and what Argo then does is the cluster's setting, not the
-pipeline's. So what must be told apart is told apart here: a mistake ends the step at once; a process that dies (of a bug, a
-server that is away, the kernel's want of memory) is begun again, and goes on from the states of its epochs. What ended a step
-for good is written to the parent run in MLflow: a pod that Argo makes all the same finds it there and refuses at once. A pod
-that is lost leaves no such word, and its successor begins anew.
+KFP's launcher reports every end of a step as exit status 1, and whether Argo makes a failed pod again is a setting of the cluster:
+neither can tell a mistake from a death. Here a mistake ends the step at once; a process that dies, of a bug, a server that is
+away or a signal, is begun again and goes on from the states of its epochs. What ended a step for good is written to the parent
+run in MLflow: a pod that Argo makes all the same finds it there and refuses at once. A pod that dies whole, deleted, evicted or
+out of memory, leaves no such word, and its successor begins anew.
 """
 
 import importlib
@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from components import Mistake, cluster, say
+from ffn.errors import Fault
 
 ATTEMPTS = "FFN_ATTEMPTS"
 """Variable with the number of attempts; without it (on one machine) there is one, in this process."""
 
 PAUSE_SECONDS = 10.0
 """Before the second attempt; three times as long before each further one."""
+
+LABEL = "FFN_STEP"
+"""Variable with the step's label, for components/tracking.py."""
 
 NAMES = ("preset", "protocol", "stream")
 
@@ -61,6 +65,7 @@ def _plain(value: Any) -> Any:
 
 def _run(step: str, inputs: Mapping[str, Any], *, last: bool) -> Any:
     """The step in this process. An error that ends it for good is written down before it is raised."""
+    os.environ[LABEL] = label(step, inputs)  # for what the step writes to MLflow
     try:
         run = importlib.import_module(f"components.{step}.step").run
         return run(**{name: inputs[name] for name in inspect.signature(run).parameters})
@@ -69,12 +74,16 @@ def _run(step: str, inputs: Mapping[str, Any], *, last: bool) -> Any:
         raise
     except Exception as error:
         if last:
-            _record(step, inputs, f"{type(error).__name__}: {error}")
+            _record(step, inputs, str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {error}")
         raise
+    finally:
+        del os.environ[LABEL]
 
 
 def _record(step: str, inputs: Mapping[str, Any], said: str) -> None:
     cluster.leave_word(f"{label(step, inputs)}: {said}")
+    if step == "begin":
+        return  # the run that it did not open is not its to mark
     from components import tracking
 
     try:
@@ -121,6 +130,8 @@ def _one() -> None:
     except Mistake as mistake:
         answer.write_text(str(mistake))
         raise
+    except Fault:  # it has been said
+        raise SystemExit(1) from None
 
 
 def _require_first(step: str, inputs: Mapping[str, Any]) -> None:
@@ -132,6 +143,7 @@ def _require_first(step: str, inputs: Mapping[str, Any]) -> None:
     if parent and (said := tracking.failure(parent, what)):
         text = f"{what} failed before in this run: {said}; `ffn cluster submit --retry` begins a new one that goes on from here"
         print(f"ffn: error: {text}", file=sys.stderr)
+        cluster.leave_word(f"{what}: failed before in this run: {said}")
         raise Mistake(said)
 
 

@@ -3,7 +3,10 @@
 A step's image holds no client of it; what is asked is one list of Argo's workflows.
 """
 
+import base64
+import gzip
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -63,7 +66,7 @@ def state(run: str) -> str:
     Raises `requests.RequestException` where the Kubernetes API does not answer or refuses.
 
     Source: KFP 2.17.0 ends a run by a deadline of 0 seconds (backend/src/common/util/execution_spec.go:299, workflow.go:315).
-    A workflow that is not there was deleted.
+    A workflow that is not there was deleted, with its schedule, by hand, or by Argo some hours after it ended.
     """
     found = _ask(f"apis/argoproj.io/v1alpha1/namespaces/{namespace()}/workflows", labelSelector=f"{RUN_LABEL}={run}").get("items")
     if not found:
@@ -74,6 +77,27 @@ def state(run: str) -> str:
     if phase == "Succeeded":
         return "FINISHED"
     return "KILLED" if spec.get("activeDeadlineSeconds") == 0 or spec.get("shutdown") else "FAILED"
+
+
+def broken(run: str) -> bool:
+    """Whether what the exit handler guards failed in the pipeline run of that id, which is still at its end.
+
+    Raises `requests.RequestException` where the Kubernetes API does not answer or refuses.
+
+    Source: KFP 2.17.0 compiles `dsl.ExitHandler` to a task that the SDK calls `exit-handler-1`
+    (sdk/python/kfp/compiler/compiler_utils.py); its node fails with any in it.
+    """
+    found = _ask(f"apis/argoproj.io/v1alpha1/namespaces/{namespace()}/workflows", labelSelector=f"{RUN_LABEL}={run}").get("items")
+    nodes = [node for workflow in found or [] for node in argo_nodes(workflow.get("status") or {}).values()]
+    guarded = [node for node in nodes if node.get("displayName") == "exit-handler-1"]
+    return not guarded or any(node.get("phase") in ("Failed", "Error") for node in guarded)
+
+
+def argo_nodes(status: dict[str, Any]) -> dict[str, Any]:
+    """A workflow's nodes by id; Argo compresses them where they are many."""
+    if packed := status.get("compressedNodes"):
+        return dict(json.loads(gzip.decompress(base64.b64decode(packed))))
+    return dict(status.get("nodes") or {})
 
 
 def _ask(path: str, **query: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from s3transfer.exceptions import RetriesExceededError
 
 from components import say
 from ffn.data.store import publishing
-from ffn.errors import FFNError
+from ffn.errors import Fault, FFNError
 
 T = TypeVar("T")
 
@@ -348,7 +348,7 @@ def _clear(place: Place) -> Iterator[None]:
         elif code in _ABSENT:
             text = f"no such object at {where}"
         else:
-            text = f"{where} answered {code} to {error.operation_name}: {said}"
+            raise Fault(f"{place}: {where} answered {code} to {error.operation_name}: {said}") from None
         raise FFNError(f"{place}: {text}") from None
     except SSLError as error:
         raise FFNError(f"{place}: {where} is not trusted ({error}); name its authority's file in AWS_CA_BUNDLE") from None
@@ -357,6 +357,4 @@ def _clear(place: Place) -> Iterator[None]:
     except FlexibleChecksumError as error:
         raise FFNError(f"{place}: wrong checksum ({error}); the object is damaged, upload it again") from None
     except (*_CUT, BotoCoreError) as error:
-        raise FFNError(
-            f"{place}: no connection with {where} ({error}); check AWS_ENDPOINT_URL and whether the store is up"
-        ) from None
+        raise Fault(f"{place}: no connection with {where} ({error}); check AWS_ENDPOINT_URL and whether the store is up") from None

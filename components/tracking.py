@@ -1,6 +1,6 @@
 """MLflow, as the steps see it: one parent run per pipeline run, one child run per piece of work, a registry of models.
 
-The only place where a step touches MLflow. Everything is found again by its tags, so that a step which runs twice
+With `registry.py` the only place where a step touches MLflow. All is found again by its tags, so that a step which runs twice
 continues what it began. The server is the one `MLFLOW_TRACKING_URI` names.
 
 A process that is killed leaves its run RUNNING. Whatever begins or ends next closes it: the next attempt of the same work, the
@@ -12,14 +12,12 @@ import importlib.metadata
 import io
 import json
 import os
-import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from csv import writer as csv_writer
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -36,7 +34,6 @@ import mlflow
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, Run, RunTag
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -47,10 +44,9 @@ from numpy.typing import NDArray
 import ffn
 from components import cluster
 from ffn.checkpoint import Checkpoint
-from ffn.config import suggest
 from ffn.data.store import SkeletonSet
 from ffn.errors import FFNError
-from ffn.report import Result, in_order
+from ffn.report import Result
 from ffn.scores import Metrics
 
 if TYPE_CHECKING:
@@ -64,8 +60,11 @@ WHERE, ATTEMPT, FAILED = "ffn.where", "ffn.attempt", "ffn.failed."
 """Tags: where the pipeline run goes on, which beginning of it a run was last opened in, and on the parent why a step ended for good
 (the step's label follows)."""
 
-ERROR, POD, NOTE = "ffn.error", "ffn.pod", "mlflow.note.content"
-"""Tags of a child that failed: why, and in which pod. The note is what MLflow shows first."""
+ERROR, POD, STEP, NOTE = "ffn.error", "ffn.pod", "ffn.label", "mlflow.note.content"
+"""Tags of a child that failed: why, in which pod, in which step. The note is what MLflow shows first."""
+
+LABEL = "FFN_STEP"
+"""Variable with the label of the step that this process is: components/attempts.py."""
 
 COMMIT = "mlflow.source.git.commit"
 LINEAGE: Mapping[str, str] = {
@@ -98,10 +97,6 @@ MOST_RUNS = 50_000
 
 PARAM_LENGTH = 6000
 """The longest parameter value MLflow takes."""
-
-RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-LONGEST_ERROR = 600
-"""What of MLflow's own words is shown to a person."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,21 +254,22 @@ def begin(
     where: str = "",
     resumes: str = "",
     tags: Mapping[str, str] | None = None,
+    once: bool = False,
 ) -> str:
     """The parent run of the pipeline run `run`, with its `facts` and `tags`: found by its tag, or else created. Returns its id.
 
     `run` is KFP's id of it, on one machine its name; `name` is what people read. A pipeline run that `resumes` another one
-    which did not finish takes up that one's parent. What an earlier beginning left open is closed.
+    which did not finish takes up that one's parent (several ids, with blanks between, the first that has one). What an earlier
+    beginning left open is closed. Where a pipeline run begins `once`, a second call is the same beginning.
 
     Raises `FFNError` where the run was begun with other inputs, and leaves it as it is.
     """
     client = MlflowClient()
-    found = _parent(client, run) or (_unfinished(client, resumes) if resumes else None)
+    found = _parent(client, run) or next((taken for one in resumes.split() if (taken := _unfinished(client, one))), None)
     if found:
         _require_equal(found.info.run_name, found.data.params, inputs)
     run_id = found.info.run_id if found else client.create_run(_experiment(client), run_name=name or run).info.run_id
-    # A cluster may run this step twice for one pipeline run, which began once; on one machine each time is a beginning.
-    again = bool(where and found and found.data.tags.get(RUN) == run)
+    again = bool(once and found and found.data.tags.get(RUN) == run)
     attempt = found.data.tags[ATTEMPT] if found and again else uuid.uuid4().hex[:12]
     if found and not again:
         _end_children(client, found)
@@ -303,6 +299,14 @@ def parent(run: str) -> Child:
     return Child(id=found.info.run_id, client=client)
 
 
+def anywhere(run: str) -> Child | None:
+    """The parent run of KFP's run `run`, in whichever experiment; None where there is none."""
+    client = MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`{RUN}` = '{run}'", max_results=1)
+    return Child(id=found[0].info.run_id, client=client) if found else None
+
+
 def present() -> str:
     """The parent run of the pipeline run that this process is a step of, found from outside; empty where it is of none."""
     run = os.environ.get("FFN_RUN") or cluster.run()
@@ -326,20 +330,28 @@ def close_dead(where: str, state: Callable[[str], str]) -> list[str]:
     return closed
 
 
-def end(parent_id: str, state: str) -> str:
-    """End the parent and all its children; returns how: `state`, or FAILED where it says FINISHED and a piece of work did not.
+def outcome(parent_id: str, state: str) -> str:
+    """How the parent is to end: as `state` says, but FAILED in place of FINISHED where a step or a piece of work did not finish.
 
-    `state` is FINISHED, FAILED or KILLED, or empty where the children alone can say. Children that are open lost their process and
-    are KILLED. What failed in an earlier beginning and was not needed again (other data, say) leaves a finished run: MLflow
-    keeps it among the deleted ones.
+    Children that are still open lost their process: they end KILLED.
     """
     client = MlflowClient()
     run = client.get_run(parent_id)
-    now, before = _end_children(client, run)
-    if state in ("FINISHED", ""):
-        state = "FAILED" if now else "FINISHED"
+    now, _ = _end_children(client, run)
+    failed = now or any(tag.startswith(FAILED) for tag in run.data.tags)
+    return "FAILED" if failed and state == "FINISHED" else state
+
+
+def end(parent_id: str, state: str) -> str:
+    """End the parent and all its children; returns how, which is its `outcome`.
+
+    What failed in an earlier beginning and was not needed again (of other data, say) leaves a finished run: MLflow keeps it among
+    the deleted ones.
+    """
+    client = MlflowClient()
+    state = outcome(parent_id, state)
     if state == "FINISHED":
-        for child in before:
+        for child in _end_children(client, client.get_run(parent_id))[1]:
             client.delete_run(child.info.run_id)
     client.set_terminated(parent_id, state)
     return state
@@ -347,7 +359,7 @@ def end(parent_id: str, state: str) -> str:
 
 def _end_children(client: MlflowClient, parent: Run) -> tuple[list[Run], list[Run]]:
     """End open children as KILLED; the children that did not finish: of the parent's present attempt, and of earlier ones."""
-    found = _children(client, parent.info.run_id, also=" and attributes.status != 'FINISHED'")
+    found = children(client, parent.info.run_id, also=" and attributes.status != 'FINISHED'")
     for child in found:
         if child.info.status == "RUNNING":
             client.set_terminated(child.info.run_id, "KILLED")
@@ -373,9 +385,7 @@ def failures(parent_id: str) -> dict[str, str]:
     found = {tag.removeprefix(FAILED): why for tag, why in run.data.tags.items() if tag.startswith(FAILED)}
     now, _ = _end_children(client, run)
     for child in now:
-        kind, name = child.data.tags.get(KIND, "step"), child.info.run_name
-        if not any(label in (f"{kind} {name}", name) or label.endswith(f" {name}") for label in found):
-            found[name if name == kind else f"{kind} {name}"] = child.data.tags.get(ERROR) or LOST
+        found.setdefault(child.data.tags.get(STEP) or str(child.info.run_name), child.data.tags.get(ERROR) or LOST)
     return found
 
 
@@ -401,6 +411,7 @@ def child(parent: str, *, key: str, kind: str, name: str = "", names: Mapping[st
     found = client.search_runs([experiment], wanted, max_results=1)
     tags = {tag: above.data.tags[tag] for tag in (ATTEMPT, *LINEAGE.values()) if above and tag in above.data.tags}
     tags |= {POD: pod} if (pod := cluster.pod()) else {}
+    tags |= {STEP: label} if (label := os.environ.get(LABEL)) else {}
     if found:
         run_id = found[0].info.run_id
         client.log_batch(run_id, tags=[RunTag(tag, value) for tag, value in tags.items()])
@@ -441,7 +452,7 @@ def title(names: Mapping[str, str]) -> str:
     return "/".join([*(value for what, value in names.items() if what != "seed"), *([f"seed{seed}"] if seed != "0" else [])])
 
 
-def _children(client: MlflowClient, parent_id: str, *, also: str = "") -> list[Run]:
+def children(client: MlflowClient, parent_id: str, *, also: str = "") -> list[Run]:
     experiment = client.get_run(parent_id).info.experiment_id
     wanted = f"tags.`{PARENT}` = '{parent_id}'{also}"
     return list(client.search_runs([experiment], wanted, max_results=MOST_RUNS, order_by=["attributes.start_time ASC"]))
@@ -452,7 +463,7 @@ def pictures(parent_id: str) -> dict[str, dict[str, bytes]]:
     client = MlflowClient()
     found: dict[str, dict[str, bytes]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for child in _children(client, parent_id):
+        for child in children(client, parent_id):
             for name in ("confusion", "learning_curves") if child.data.tags.get(KIND) in ("train", "fuse") else ():
                 try:
                     path = client.download_artifacts(child.info.run_id, f"figures/{name}.png", folder)
@@ -462,100 +473,15 @@ def pictures(parent_id: str) -> dict[str, dict[str, bytes]]:
     return found
 
 
-def versions(parent_id: str) -> "list[Version]":
-    """The versions that a pipeline run registered, or found registered."""
-    client = MlflowClient()
-    made = _children(client, parent_id, also=f" and tags.`{KIND}` = 'register'")
-    said = [(run.data.params.get("model"), run.data.metrics.get("version")) for run in made]
-    found = [version(name, number=str(int(number))) for name, number in said if name and number]
-    return [one for one in found if one]
-
-
 def results(parent_id: str) -> list[Result]:
     """What every child that was measured gave; one that was measured twice counts once, as it was measured last."""
     found: dict[tuple[str, ...], Result] = {}
-    for run in _children(MlflowClient(), parent_id):
+    for run in children(MlflowClient(), parent_id):
         said = tuple(run.data.tags.get(f"ffn.{what}") for what in ("preset", "protocol", "stream", "seed"))
         if all(said) and "top1" in run.data.metrics:
             preset, protocol, stream, seed = said
             found[said] = Result(preset=preset, protocol=protocol, stream=stream, seed=int(seed), top1=run.data.metrics["top1"])
     return list(found.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Version:
-    """One version of a registered model."""
-
-    name: str
-    number: str
-    tags: Mapping[str, str]
-    run: str = ""
-    """Id of the MLflow run that registered it."""
-    registered: datetime | None = None
-    aliases: tuple[str, ...] = ()
-    """Only where `history` or `find` read it: MLflow keeps them with the model, and says none of its versions."""
-
-    @property
-    def uri(self) -> str:
-        return f"models:/{self.name}/{self.number}"
-
-
-def register(name: str, model: str, *, key: str, run: str, tags: Mapping[str, str]) -> Version:
-    """A version of the model `name`, made from the logged model `model`; the one made before from the same `key`, if any."""
-    client = MlflowClient()
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    found = list(client.search_model_versions(f"name = '{name}' and tag.`{KEY}` = '{key}'"))
-    # A server refuses a logged model as the source unless its id is said too; a database takes it.
-    model_id = model.removeprefix("models:/") if model.startswith("models:/m-") else None
-    made = found[0] if found else client.create_model_version(name, model, run_id=run, tags={KEY: key, **tags}, model_id=model_id)
-    return _version(made)
-
-
-def version(name: str, *, number: str = "", alias: str = "") -> Version | None:
-    """The version of `name` with that number or alias; None where there is none."""
-    client = MlflowClient()
-    try:
-        found = client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-    return _version(found)
-
-
-def at(uri: str) -> Version:
-    """The version that `models:/NAME/NUMBER` names. Raises `FFNError` where there is none."""
-    name, _, number = uri.removeprefix("models:/").partition("/")
-    found = version(name, number=number) if number.isdigit() else None
-    if not found:
-        raise FFNError(f"{uri}: no such model version in {mlflow.get_registry_uri()}; expected models:/NAME/NUMBER")
-    return found
-
-
-def point(version: Version, alias: str) -> None:
-    """Make `alias` name this version."""
-    MlflowClient().set_registered_model_alias(version.name, alias, version.number)
-
-
-def mark(version: Version, tags: Mapping[str, str]) -> None:
-    """Set tags of the version."""
-    client = MlflowClient()
-    for name, value in tags.items():
-        client.set_model_version_tag(version.name, version.number, name, value)
-
-
-def registered() -> list[str]:
-    """Names of the registered models."""
-    return [model.name for model in MlflowClient().search_registered_models(max_results=1000)]
-
-
-def download(version: Version) -> Path:
-    """A folder with the version's fused model: `fusion.json` and one checkpoint per stream."""
-    return Path(mlflow.artifacts.download_artifacts(version.uri)) / "artifacts" / "fused"
 
 
 def pinned(package: str) -> str:
@@ -600,13 +526,6 @@ def _unfinished(client: MlflowClient, run: str) -> Run | None:
     return found if found and found.info.status != "FINISHED" else None
 
 
-def _version(found: ModelVersion, aliases: Iterable[str] = ()) -> Version:
-    return Version(
-        name=str(found.name), number=str(found.version), tags=dict(found.tags), run=str(found.run_id or ""),
-        registered=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC), aliases=tuple(sorted(aliases)),
-    )  # fmt: skip
-
-
 def lineage(parent: str) -> dict[str, str]:
     """Tags for a version that the pipeline run `parent` made: what it says of `LINEAGE`, its name and id; none without a run."""
     if not parent:
@@ -614,79 +533,3 @@ def lineage(parent: str) -> dict[str, str]:
     run = MlflowClient().get_run(parent)
     said = {name: run.data.tags[tag] for name, tag in LINEAGE.items() if run.data.tags.get(tag)}
     return {**said, "run": str(run.info.run_name), "mlflow_run": parent}
-
-
-def models() -> dict[str, dict[str, str]]:
-    """Registered model -> its aliases -> the number of the version that each names."""
-    found = MlflowClient().search_registered_models(max_results=1000)
-    return {model.name: {alias: str(number) for alias, number in model.aliases.items()} for model in found}
-
-
-def history(name: str, aliases: Mapping[str, str]) -> list[Version]:
-    """The versions of the model `name`, newest first, each with those of the model's `aliases` that name it."""
-    found = MlflowClient().search_model_versions(f"name = '{name}'")
-    made = [_version(one, (alias for alias, number in aliases.items() if number == str(one.version))) for one in found]
-    return sorted(made, key=lambda version: int(version.number), reverse=True)
-
-
-def find(text: str, *, alias: str = "") -> Version:
-    """The version that `NAME/NUMBER` or `NAME@ALIAS` names, with or without `models:/` before it; `NAME` alone means `alias`.
-
-    Raises `FFNError` where it reads otherwise, or where there is no such version, with the names that are near.
-    """
-    said = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/([0-9]+)|@([^/@]+))?", text)
-    name, number, alias = (said[1], said[2], said[3] or alias) if said else ("", "", "")
-    if not number and not alias:
-        raise FFNError(f"{text}: expected a version, as ffn-PROTOCOL/NUMBER or ffn-PROTOCOL@ALIAS")
-    known = models()
-    require_model(name, known)
-    if not number and alias not in known[name]:
-        raise FFNError(f"{name}: no alias {alias!r}: {suggest(alias, known[name]) if known[name] else 'it has none'}")
-    wanted, versions = str(int(number or known[name][alias])), history(name, known[name])
-    found = next((version for version in versions if version.number == wanted), None)
-    if not found:
-        numbers = ", ".join(version.number for version in versions)
-        raise FFNError(f"{name}: no version {wanted}: {f'expected one of {numbers}' if numbers else 'it has none'}")
-    return found
-
-
-def require_model(name: str, known: Collection[str]) -> None:
-    """Raise `FFNError` where `name` is none of the `known` models, with those that are near."""
-    if name not in known:
-        near = suggest(name, known) if known else "there are none; `ffn run` makes some"
-        raise FFNError(f"no model {name!r} registered in {mlflow.get_registry_uri()}: {near}")
-
-
-def read(version: Version, path: str) -> str:
-    """The text of one file of the version's model. Raises `FFNError` where it cannot be read."""
-    try:
-        return str(mlflow.artifacts.load_text(f"{version.uri}/{path}"))
-    except Exception as error:  # MLflow's, or that of whichever store keeps its artifacts
-        raise FFNError(f"{version.uri}: {path} cannot be read: {' '.join(str(error).split())[:LONGEST_ERROR]}") from None
-
-
-def measured(version: Version) -> dict[str, float]:
-    """Stream or fusion -> held-out top1, as the pipeline run that made the version measured it; nothing where it is not known."""
-    try:
-        parent = version.tags.get("mlflow_run") or MlflowClient().get_run(version.run).data.tags.get(PARENT, "")
-        found = results(parent) if parent else []
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "INVALID_PARAMETER_VALUE"):
-            raise
-        return {}
-    wanted = (version.tags.get("protocol"), version.tags.get("preset"))
-    return {result.stream: result.top1 for result in in_order(found) if (result.protocol, result.preset) == wanted}
-
-
-@contextlib.contextmanager
-def asked_by_a_person() -> Iterator[None]:
-    """Inside the block an MLflow that refuses or does not answer is an `FFNError`, after seconds; a step waits for minutes."""
-    ours = RETRIES not in os.environ
-    os.environ.setdefault(RETRIES, "2")
-    try:
-        yield
-    except MlflowException as error:
-        raise FFNError(f"MLflow at {mlflow.get_tracking_uri()}: {' '.join(str(error).split())[:LONGEST_ERROR]}") from None
-    finally:
-        if ours:
-            del os.environ[RETRIES]

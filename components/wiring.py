@@ -5,6 +5,7 @@ it is taken from here as text, so it imports what it needs.
 """
 
 import functools
+from typing import NamedTuple
 
 from kfp import dsl
 
@@ -27,11 +28,11 @@ def begin(
     presets: list[str],
     seeds: list[int],
     overrides: list[str],
-) -> str:
-    """Opens the parent run in MLflow; returns its id."""
+) -> NamedTuple("Begun", [("parent", str), ("source_version", str)]):  # type: ignore[valid-type]
+    """Opens the parent run in MLflow; its id, and the version that names the state of the recordings."""
     from components.attempts import attempt
 
-    return str(attempt("begin", locals()))
+    return attempt("begin", locals())
 
 
 @component

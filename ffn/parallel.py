@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ffn.errors import FFNError
+from ffn.errors import Fault, FFNError
 from ffn.model.persons import Counting
 
 T = TypeVar("T")
@@ -163,7 +163,7 @@ def launch(module: str, argument: str, processes: int, heard: Callable[[Any], No
     if refused:
         raise FFNError(refused)
     if status:
-        raise FFNError(
+        raise Fault(
             f"{failed or f'the {processes} processes ended with status {status}'}; start again to go on from the last state"
         )
 

@@ -27,7 +27,7 @@ from ffn.checkpoint import Checkpoint
 from ffn.config import STREAMS, Config, TrainingConfig, digest, from_dict, require_trainable, to_dict
 from ffn.data.sampler import Sampler
 from ffn.data.store import SkeletonSet, publishing
-from ffn.errors import FFNError
+from ffn.errors import Fault, FFNError
 from ffn.losses import loss
 from ffn.machine import keep_memory
 from ffn.model.network import build
@@ -346,7 +346,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FFNError(f"{path.parent}: this training is going on in another process; wait for it or stop it") from None
+            raise Fault(f"{path.parent}: this training is going on in another process; wait for it or stop it") from None
         yield
 
 

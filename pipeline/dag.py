@@ -62,8 +62,9 @@ def build(
                 source_version=source_version, space=space, presets=list(presets), seeds=list(seeds), overrides=overrides,
             )  # fmt: skip
             place(begun, settings)
-            run = begun.output
-            ingested = place(wiring.ingest(source=source, source_version=source_version, space=space), settings).after(begun)
+            run = begun.outputs["parent"]
+            ingested = wiring.ingest(source=source, source_version=begun.outputs["source_version"], space=space)
+            place(ingested, settings)
             for (protocol, preset, seed), box in boxes.items():
                 did = box(data=ingested.outputs["data"], overrides=overrides, parent=run)
                 did.set_caching_options(False)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components import tracking
-from components.tracking import Version
+from components import registry
+from components.registry import Version
 from ffn.config import digest
 from pipeline.local import Workspace
 from pipeline.models import columns, commit
@@ -53,14 +53,14 @@ class Change:
     b: str
 
 
-@tracking.asked_by_a_person()
+@registry.asked_by_a_person()
 def diff(a: str, b: str, *, workspace: Workspace) -> str:
     """What differs between the versions named `a` and `b`, as text for a terminal.
 
     Raises `FFNError` where there is no such version, or its model cannot be read.
     """
     os.environ.update(workspace.environment())
-    first, second = tracking.find(a), tracking.find(b)
+    first, second = registry.find(a), registry.find(b)
     if first.uri == second.uri:
         return f"{a} and {b} are the same version: {_called(first)}"
     return report(facts(first), facts(second))
@@ -69,8 +69,8 @@ def diff(a: str, b: str, *, workspace: Workspace) -> str:
 def facts(version: Version) -> Facts:
     """What is recorded of `version`. Raises `FFNError` where its model cannot be read."""
     tags, model = version.tags, "artifacts/fused"
-    weights = json.loads(tracking.read(version, f"{model}/fusion.json"))
-    streams = {name: json.loads(tracking.read(version, f"{model}/{name}/config.json")) for name in weights}
+    weights = json.loads(registry.read(version, f"{model}/fusion.json"))
+    streams = {name: json.loads(registry.read(version, f"{model}/{name}/config.json")) for name in weights}
     first = next(iter(streams))
     fused = {tags["fusion"]: float(tags["top1"])} if "fusion" in tags and "top1" in tags else {}
     parts = {
@@ -78,10 +78,10 @@ def facts(version: Version) -> Facts:
         "data": data(streams[first]) | _tagged(tags, DATA),
         "streams": {"weights": ", ".join(f"{name} {weight:g}" for name, weight in weights.items())},
         "settings": settings({name: said["config"] for name, said in streams.items()}),
-        "accuracy": {name: f"{100 * top1:.2f} %" for name, top1 in (tracking.measured(version) | fused).items()},
-        "packages": packages(tracking.read(version, "python_env.yaml"), tracking.read(version, "requirements.txt")),
+        "accuracy": {name: f"{100 * top1:.2f} %" for name, top1 in (registry.measured(version) | fused).items()},
+        "packages": packages(registry.read(version, "python_env.yaml"), registry.read(version, "requirements.txt")),
     }
-    classes = json.loads(tracking.read(version, f"{model}/{first}/labels.json"))
+    classes = json.loads(registry.read(version, f"{model}/{first}/labels.json"))
     return Facts(version=version, parts=parts, classes=tuple(classes))
 
 

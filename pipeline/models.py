@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from components import tracking
+from components import registry, tracking
 from components.gate.step import decide
 from components.promote.step import promote as move
 from components.promote.step import rollback as back
-from components.tracking import Version
+from components.registry import Version
 from pipeline.local import Workspace
 
 OURS = "ffn-"
@@ -22,18 +22,18 @@ COMMIT_DIGITS = 7
 UNKNOWN = "-"
 
 
-@tracking.asked_by_a_person()
+@registry.asked_by_a_person()
 def versions(model: str = "", *, workspace: Workspace) -> dict[str, list[Version]]:
     """Model -> its versions, newest first: those of `model`, or of every model of the pipeline's.
 
     Raises `FFNError` where no model is called `model`.
     """
     os.environ.update(workspace.environment())
-    known = tracking.models()
+    known = registry.models()
     if model:
-        tracking.require_model(model, known)
+        registry.require_model(model, known)
     names = [model] if model else sorted(name for name in known if name.startswith(OURS))
-    return {name: tracking.history(name, known[name]) for name in names}
+    return {name: registry.history(name, known[name]) for name in names}
 
 
 def table(models: Mapping[str, Sequence[Version]]) -> str:
@@ -61,7 +61,7 @@ def records(models: Mapping[str, Iterable[Version]]) -> list[dict[str, object]]:
     ]
 
 
-@tracking.asked_by_a_person()
+@registry.asked_by_a_person()
 def promote(
     named: str,
     *,
@@ -79,13 +79,13 @@ def promote(
     Raises `FFNError` where there is no such version.
     """
     os.environ.update(workspace.environment())
-    found = tracking.find(named, alias="challenger")
+    found = registry.find(named, alias="challenger")
     what = f"{found.name} version {found.number}"
     if to != "champion":
         if not dry_run:
-            tracking.point(found, to)
+            registry.point(found, to)
         return True, f"{what} {'would be' if dry_run else 'is'} {to}"
-    champion = tracking.version(found.name, alias="champion")
+    champion = registry.version(found.name, alias="champion")
     if champion and champion.number == found.number:
         return True, f"{what} is champion already"
     verdict, why = ("promote", "the gate was not asked") if force else decide(found, champion, data)
@@ -93,15 +93,15 @@ def promote(
         return False, f"{what} is held: {why}; --force promotes it all the same"
     if dry_run:
         return True, f"{what} would be champion: {why}"
-    tracking.mark(found, {"gate": verdict, "gate_reason": why})
+    registry.mark(found, {"gate": verdict, "gate_reason": why})
     return True, f"{move(found, reason)}: {why}"
 
 
-@tracking.asked_by_a_person()
+@registry.asked_by_a_person()
 def rollback(model: str, *, workspace: Workspace) -> str:
     """Make the version before the champion champion again; returns what happened. Raises `FFNError` where there is none."""
     os.environ.update(workspace.environment())
-    tracking.require_model(model, tracking.models())
+    registry.require_model(model, registry.models())
     return back(model)
 
 

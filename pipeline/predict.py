@@ -50,13 +50,13 @@ def over_time(fused: FusedModel, recording: NDArray[np.float32], every: int) -> 
 
 def _champion(model: str, workspace: Workspace) -> FusedModel:
     os.environ.update(workspace.environment())
-    from components import tracking
+    from components import registry
 
-    names = [model] if model else tracking.registered()
-    champions = [found for name in names if (found := tracking.version(name, alias="champion"))]
+    names = [model] if model else registry.registered()
+    champions = [found for name in names if (found := registry.version(name, alias="champion"))]
     if len(champions) > 1:
         raise FFNError(f"{len(champions)} champions: {', '.join(found.name for found in champions)}; choose one with --model")
     if not champions:
-        known = ", ".join(tracking.registered()) or "none; train some with `ffn run`"
+        known = ", ".join(registry.registered()) or "none; train some with `ffn run`"
         raise FFNError(f"{model or 'no --model given'}: no champion; registered models: {known}")
-    return FusedModel.load(tracking.download(champions[0]))
+    return FusedModel.load(registry.download(champions[0]))

@@ -1,6 +1,7 @@
 """A compiled pipeline on KFP: uploaded as a version, submitted once however often it is asked for, put on a schedule."""
 
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,18 @@ from ffn import config as configuration
 from ffn.errors import FFNError
 from pipeline.server import Json, Server, equals
 from pipeline.settings import DIGEST, NAME
-from pipeline.watch import CANCEL_PATIENCE, ENDS, cancel
+from pipeline.watch import CANCEL_PATIENCE, ENDS, Status, cancel, close
 
 MARK = "made by ffn from inputs "
 """In the description of runs and schedules, before the digest of the pipeline and its parameters."""
+
+SETTLE_SECONDS = 120.0
+"""How long a retry waits for a cancelled run to end."""
+
+WAIT_SECONDS = 3.0
+"""Between disabling a schedule and believing that it makes no further run."""
+
+MOST_RESUMED = 20
 
 WITHOUT_PLUGIN = {"mlflow": {"disabled": True}}
 """KFP's MLflow plugin, where an administrator has it on, would log every run once more. And a schedule that says anything of
@@ -117,16 +126,32 @@ def submit(
         return None if found and before and found["run_id"] == before["run_id"] else found
 
     found = find()
+    if found and retry:
+        found = _settled(server, found)
     if found and not (retry and found.get("state") in ("FAILED", "CANCELED")):
         return found, "found"
     before = found
-    body = {
-        "display_name": name,
-        "experiment_id": where,
-        **pipeline.body(uploaded(server, pipeline), found["run_id"] if found else ""),
-    }
+    content = pipeline.body(uploaded(server, pipeline), resumes=_resumed(found) if found else "")
+    body = {"display_name": name, "experiment_id": where, **content}
     run, made = server.create("runs", {**body, "service_account": account} if account else body, find)
     return _the_one(server, pipeline, name, where, run) if made else run, "retried" if before else "made" if made else "found"
+
+
+def _settled(server: Server, run: Json) -> Json:
+    """The run, when it has ended, if it was asked to: a cancelled one takes its time."""
+    until = time.monotonic() + SETTLE_SECONDS
+    while run.get("state") == "CANCELING" and time.monotonic() < until:
+        time.sleep(2)
+        run = server.get(f"runs/{run['run_id']}")
+    if run.get("state") == "CANCELING":
+        raise FFNError(f"run {run['run_id']} is still being cancelled; the same command in a minute goes on with it")
+    return run
+
+
+def _resumed(run: Json) -> str:
+    """The ids of `run` and of those that it went on with itself: where it never began, one of them has the run in MLflow."""
+    said = (run.get("runtime_config") or {}).get("parameters") or {}
+    return " ".join([run["run_id"], *str(said.get("resumes") or "").split()][:MOST_RESUMED])
 
 
 def best(runs: Sequence[Json]) -> Json | None:
@@ -239,11 +264,19 @@ def _end_schedule(server: Server, entry: Json) -> Json | None:
     """Disable the schedule; delete it unless a run of it goes on, which is returned."""
     schedule = entry["recurring_run_id"]
     server.post(f"recurringruns/{schedule}:disable")
-    made = server.list("runs", "runs", experiment_id=entry.get("experiment_id", ""), filter=equals("recurring_run_id", schedule))
-    going = next((run for run in made if run.get("recurring_run_id") == schedule and run.get("state") not in ENDS), None)
-    if not going:
+
+    def going() -> Json | None:
+        of = {"experiment_id": entry.get("experiment_id", ""), "filter": equals("recurring_run_id", schedule)}
+        made = server.list("runs", "runs", **of)
+        return next((run for run in made if run.get("recurring_run_id") == schedule and run.get("state") not in ENDS), None)
+
+    found = going()
+    if not found:  # the controller may be making one just now
+        time.sleep(WAIT_SECONDS)
+        found = going()
+    if not found:
         server.delete(f"recurringruns/{schedule}")
-    return going
+    return found
 
 
 def schedules(server: Server, experiment: str) -> list[Json]:
@@ -287,5 +320,6 @@ def _the_one(server: Server, pipeline: Pipeline, name: str, experiment: str, mad
     going = [run for run in _named(server, name, experiment) if _ours(run, pipeline) and run.get("state") not in ENDS]
     for other in going[1:]:
         cancel(server, other["run_id"])
+        close(other["run_id"], Status.CANCELLED)
         server.post(f"runs/{other['run_id']}:archive", patience=CANCEL_PATIENCE)
     return going[0] if going else made

@@ -101,8 +101,7 @@ def follow(
     try:
         status: int = watch(server, run, hours=hours, poll=poll, say=lambda line: print(line, flush=True), workflows=workflows)
         if status != Status.TIMED_OUT:
-            if status != Status.SUCCEEDED:
-                close(run, Status(status))
+            close(run, Status(status))
             return status
         why = f"not done after {hours:g} hours"
     except KeyboardInterrupt as stop:
@@ -156,14 +155,15 @@ def cancel(server: Server, run: str) -> None:
 
 
 def close(run: str, status: Status) -> None:
-    """Have MLflow say what became of the run, if it still calls it RUNNING: KFP runs no step of a cancelled run to do it.
+    """Have MLflow say what became of the run, if it still calls it RUNNING, and say where to see it.
 
-    Where MLflow cannot be reached from here a line says who will close it.
+    KFP runs no step of a cancelled run that could do it. MLflow is asked at FFN_MLFLOW_UI; where it cannot be reached from here a
+    line says who will close the run.
     """
-    uri = os.environ.get("FFN_MLFLOW_UI") or os.environ.get("MLFLOW_TRACKING_URI", "")
-    later = "its run stays open in MLflow until the next one begins"
+    uri = os.environ.get("FFN_MLFLOW_UI", "")
     if not uri.startswith("http"):
-        print(f"ffn: {later}; set FFN_MLFLOW_UI to close it from here", file=sys.stderr)
+        if status is not Status.SUCCEEDED:
+            print("ffn: FFN_MLFLOW_UI is not set: if MLflow calls the run RUNNING, the next one closes it", file=sys.stderr)
         return
     os.environ["MLFLOW_TRACKING_URI"] = uri
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -171,23 +171,25 @@ def close(run: str, status: Status) -> None:
     from components import tracking
 
     try:
-        parent = tracking.parent(run)
-        if parent.open:
-            state = tracking.end(parent.id, "KILLED" if status is Status.CANCELLED else "FAILED")
-            print(f"ffn: MLflow: {parent.name} is {state}, {parent.page()}", file=sys.stderr)
-    except FFNError:
-        return  # it never began
+        parent = tracking.anywhere(run)
+        if not parent:
+            print(f"ffn: MLflow has no run of it at {uri}", file=sys.stderr)
+            return
+        state = parent.status
+        if state == "RUNNING":
+            ends = {Status.SUCCEEDED: "FINISHED", Status.CANCELLED: "KILLED"}
+            state = tracking.end(parent.id, ends.get(status, "FAILED"))
+        print(f"ffn: MLflow  {parent.name} is {state}: {parent.page()}", file=sys.stderr)
     except Exception as error:  # whatever MLflow's client raises
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        print(f"ffn: {later}: {uri} does not answer: {said[:200]}", file=sys.stderr)
+        print(
+            f"ffn: {uri} does not answer ({said[:200]}): if MLflow calls the run RUNNING, the next one closes it", file=sys.stderr
+        )
 
 
-def links(server: Server, run: Json) -> Iterator[tuple[str, str]]:
-    """Where a person sees the run: KFP, and MLflow as far as it is known."""
-    yield "KFP", f"{server.endpoint.ui}/#/runs/details/{run['run_id']}"
-    uri = os.environ.get("FFN_MLFLOW_UI") or os.environ.get("MLFLOW_TRACKING_URI", "")
-    if uri.startswith("http"):
-        yield "MLflow", f"{uri.rstrip('/')}/#/experiments?workflowType=machine_learning"
+def page(server: Server, run: str) -> str:
+    """Where a person sees the run in KFP."""
+    return f"{server.endpoint.ui}/#/runs/details/{run}"
 
 
 def _spec(server: Server, run: Json) -> Json:

@@ -1,6 +1,7 @@
 """Begin: open the parent run of the pipeline run, or take up the one that is there; close what dead runs left open."""
 
 import fcntl
+import hashlib
 import os
 import socket
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from requests import RequestException
 
-from components import cluster, say, step, tracking
+from components import cluster, say, step, storage, tracking
 
 
 @step
@@ -26,8 +27,11 @@ def run(
     presets: list[str],
     seeds: list[int],
     overrides: list[str],
-) -> str:
-    """Returns the id of the MLflow run that is the parent of every other step's.
+) -> tuple[str, str]:
+    """Returns the id of the MLflow run that is the parent of every other step's, and the version of the recordings.
+
+    What is given as `source_version` is it; else what a store says of them; else this pipeline run's own, for what lies behind a
+    path may have changed since the last.
 
     `job` is KFP's id of the pipeline run, on one machine its name. People read its `name`, or else what KFP `called` it, or where
     that is nothing, as for a schedule's runs, the `resource` it is. `resumes` is the id of a run of KFP's that did not finish and
@@ -42,26 +46,31 @@ def run(
         "seeds": " ".join(str(int(seed)) for seed in seeds),  # KFP makes 0.0 of 0
         "overrides": " ".join(overrides),
     }
-    where = cluster.where() or machine()
+    where = machine() or cluster.where()
     parent = tracking.begin(
         job, inputs, {"source": source}, name=name or called or resource, where=where, resumes=resumes,
-        tags={**origin(job if cluster.inside() else ""), tracking.LINEAGE["pipeline_version"]: version},
+        tags={**origin(job if on_kfp() else ""), tracking.LINEAGE["pipeline_version"]: version}, once=on_kfp(),
     )  # fmt: skip
     for dead in tracking.close_dead(where, state):
         say(f"closed run {dead}, which ended without closing itself")
     say(f"MLflow: {tracking.Child.of(parent).page()}")
-    return parent
+    return parent, source_version or (storage.version(source) if storage.remote(source) else job)
+
+
+def on_kfp() -> bool:
+    """Whether KFP runs this step: a pod in which somebody calls `ffn run` is a machine like any other."""
+    return cluster.inside() and not machine()
 
 
 def machine() -> str:
     """What tells this workspace of this machine from every other; empty where runs are not locked in one."""
     locks = os.environ.get("FFN_LOCKS", "")
-    return f"{socket.gethostname()}:{locks}" if locks else ""
+    return f"{socket.gethostname()}@{hashlib.sha256(locks.encode()).hexdigest()[:12]}" if locks else ""
 
 
 def state(run: str) -> str:
     """What MLflow should say of another pipeline run at this place; RUNNING where nobody can tell."""
-    if not cluster.inside():
+    if not on_kfp():
         return "RUNNING" if held(Path(os.environ["FFN_LOCKS"]) / run / "lock") else "KILLED"
     try:
         return cluster.state(run)

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from requests import RequestException
 
-from components import say, step, tracking
+from components import cluster, registry, say, step, tracking
 from ffn import plots, report, summary
 from ffn.errors import FFNError
 from ffn.report import Result
@@ -19,10 +20,10 @@ STATES = {
 }  # fmt: skip
 """How KFP says a pipeline ended (here and on a cluster in different words) -> how MLflow does.
 
-A server may still call a pipeline with loops RUNNING at its end: then its parts say how it went."""
+Where a pod was lost, or a pipeline has loops, its server still calls it RUNNING at its end: `unsaid` then asks Argo."""
 
-FACTS = ("presets", "seeds", "space", "overrides", "source", "source_version")
-"""Parameters of the parent run that a reader of its results wants to see."""
+SHOWN = ("presets", "seeds", "space", "overrides", "source", "source_version", *tracking.LINEAGE)
+"""What a reader of the results wants to know of the run, if it is known."""
 
 
 @step
@@ -41,19 +42,30 @@ def run(*, job: str, status: str, table: Path, metrics: Path, report: Path) -> d
         table.write_text(summary.markdown(begun))
         report.write_text(summary.page(begun, {}))
         return {}
-    results = by_order(parent)
+    results, ours = by_order(parent), parent.open
     failed = tracking.failures(parent.id)
-    ours = parent.open
-    ended = tracking.end(parent.id, STATES.get(status, "")) if ours else parent.status
+    ended = tracking.outcome(parent.id, STATES.get(status) or unsaid(job)) if ours else parent.status
     told = tell(parent, ended, failed, results)
     text, page = summary.markdown(told), summary.page(told, figures(parent, results))
     table.write_text(text)
     report.write_text(page)
     if ours:
         log(parent, text, page, results)
+        tracking.end(parent.id, ended)  # the last of all: what is cut off before is done by the next attempt
     for what, why in failed.items():
         say(f"FAILED: {what}: {why}")
     return {name_of(result, results): result.top1 for result in results}
+
+
+def unsaid(job: str) -> str:
+    """How a pipeline run went whose server does not say: by its workflow, where it has one."""
+    if not cluster.inside():
+        return "FINISHED"
+    try:
+        return "FAILED" if cluster.broken(job) else "FINISHED"
+    except RequestException as error:
+        say(f"no word of run {job} from the Kubernetes API: {error}")
+        return "FAILED"
 
 
 def by_order(parent: tracking.Child) -> list[Result]:
@@ -73,16 +85,16 @@ def tell(parent: tracking.Child, ended: str, failed: dict[str, str], results: Se
     """All there is to say of the run."""
     known = parent.facts()
     links = {"MLflow": parent.page()} | ({"KFP": known["kfp_url"]} if "kfp_url" in known else {})
-    shown = {name: value for name, value in known.items() if name != "kfp_url"}
+    shown = {name: known[name] for name in SHOWN if name in known and name != "kfp_url"}
     return Summary(
         name=parent.name, status=ended, failed=failed, results=results, space=known.get("space", "3d"),
-        models=[verdict(version) for version in tracking.versions(parent.id)], facts=shown, links=links,
+        models=[verdict(version) for version in registry.versions(parent.id)], facts=shown, links=links,
     )  # fmt: skip
 
 
-def verdict(version: tracking.Version) -> str:
+def verdict(version: registry.Version) -> str:
     """What the gate said of a version and what became of it."""
-    champion = tracking.version(version.name, alias="champion")
+    champion = registry.version(version.name, alias="champion")
     is_champion = champion is not None and champion.number == version.number
     state = "champion" if is_champion else {"hold": "held by the gate", "promote": "let through by the gate"}.get(
         version.tags.get("gate", ""), "challenger"

@@ -2,21 +2,21 @@
 
 from pathlib import Path
 
-from components import say, step, tracking
-from components.tracking import Version
+from components import registry, say, step
+from components.registry import Version
 from ffn.data.store import SkeletonSet
 
 
 @step
 def run(*, model: str, data: Path) -> str:
     """`promote` or `hold` for the version `model`; the reason becomes the version's tag `gate_reason`."""
-    challenger = tracking.at(model)
-    champion = tracking.version(challenger.name, alias="champion")
+    challenger = registry.at(model)
+    champion = registry.version(challenger.name, alias="champion")
     if champion and champion.number == challenger.number:
         say("hold: it is the champion already")
         return "hold"
     verdict, reason = decide(challenger, champion, data)
-    tracking.mark(challenger, {"gate": verdict, "gate_reason": reason})
+    registry.mark(challenger, {"gate": verdict, "gate_reason": reason})
     say(f"{verdict}: {reason}")
     return verdict
 
@@ -49,7 +49,7 @@ def top1_on(version: Version, data: Path) -> float:
     from ffn.inference import FusedModel
     from ffn.scores import measure
 
-    folder, skeletons = tracking.download(version), SkeletonSet.open(data)
+    folder, skeletons = registry.download(version), SkeletonSet.open(data)
     weights = FusedModel.load(folder).weights
     scores = {stream: evaluate(skeletons, folder / stream) for stream in weights}
     return measure(fuse(scores, weights, version.tags["fusion"])).top1

@@ -2,15 +2,15 @@
 
 from datetime import UTC, datetime
 
-from components import say, step, tracking
-from components.tracking import Version
+from components import registry, say, step
+from components.registry import Version
 from ffn.errors import FFNError
 
 
 @step
 def run(*, model: str) -> None:
     """Make the version `model` (`models:/NAME/NUMBER`) champion."""
-    version = tracking.at(model)
+    version = registry.at(model)
     say(promote(version, version.tags.get("gate_reason", "")))
 
 
@@ -19,13 +19,13 @@ def promote(version: Version, reason: str) -> str:
 
     The alias `champion` moves last: what a kill cuts off before, the next attempt does.
     """
-    champion = tracking.version(version.name, alias="champion")
+    champion = registry.version(version.name, alias="champion")
     if champion and champion.number == version.number:
         return f"{version.name} version {version.number} is champion already"
-    tracking.mark(version, {"promoted": _now(), "promoted_because": reason, "rolled_back": ""})
+    registry.mark(version, {"promoted": _now(), "promoted_because": reason, "rolled_back": ""})
     if champion:
-        tracking.point(champion, "previous")
-    tracking.point(version, "champion")
+        registry.point(champion, "previous")
+    registry.point(version, "champion")
     return f"{version.name} version {version.number} is champion" + (f", version {champion.number} previous" if champion else "")
 
 
@@ -34,17 +34,17 @@ def rollback(name: str) -> str:
 
     Two aliases cannot move at once: the tag `instead_of` tells the next attempt which version a kill kept from `previous`.
     """
-    champion, previous = (tracking.version(name, alias=alias) for alias in ("champion", "previous"))
+    champion, previous = (registry.version(name, alias=alias) for alias in ("champion", "previous"))
     if not champion:
-        raise FFNError(f"{name}: no champion; registered models: {', '.join(tracking.registered()) or '(none)'}")
+        raise FFNError(f"{name}: no champion; registered models: {', '.join(registry.registered()) or '(none)'}")
     if previous and previous.number == champion.number and (number := champion.tags.get("instead_of")):
-        champion = tracking.version(name, number=number) or champion
+        champion = registry.version(name, number=number) or champion
     if not previous or previous.number == champion.number:
         raise FFNError(f"{name}: champion is version {champion.number} and there is no previous one to go back to")
-    tracking.mark(champion, {"rolled_back": _now()})
-    tracking.mark(previous, {"rolled_back": "", "instead_of": champion.number})
-    tracking.point(previous, "champion")
-    tracking.point(champion, "previous")
+    registry.mark(champion, {"rolled_back": _now()})
+    registry.mark(previous, {"rolled_back": "", "instead_of": champion.number})
+    registry.point(previous, "champion")
+    registry.point(champion, "previous")
     return f"{name} version {previous.number} is champion again, version {champion.number} previous"
 
 

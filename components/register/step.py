@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from components import say, step, tracking
+from components import registry, say, step, tracking
 from components.fuse.step import by_stream, read_fusion
 from ffn.checkpoint import Checkpoint, read_meta
 from ffn.config import digest
@@ -30,7 +30,7 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, parent: str) -> str
     split = skeletons.split(meta.protocol)
     with tracking.child(parent, key=key, name=f"{meta.config.preset}/{meta.protocol}/register", kind="register") as track:
         model = track.logged() or log(track, skeletons, streams, fusion["weights"])
-        version = tracking.register(
+        version = registry.register(
             f"ffn-{meta.protocol}",
             model,
             key=key,
@@ -50,10 +50,9 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, parent: str) -> str
                 "space": meta.space,
                 "fusion": fusion["name"],
                 "top1": repr(fusion["top1"]),
-                **tracking.lineage(parent),
             },
         )
-        tracking.point(version, "challenger")
+        registry.point(version, "challenger")
         track.params({"model": version.name, "fusion": fusion["name"]})
         track.metrics({"version": int(version.number)})
     say(f"{version.name} version {version.number}, alias challenger")

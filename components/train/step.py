@@ -10,7 +10,6 @@ import numpy as np
 
 from components import say, step, storage, tracking
 from ffn import config as configuration
-from ffn import parallel
 from ffn.checkpoint import read_history, read_meta
 from ffn.data.store import SkeletonSet
 from ffn.inference import write_fused
@@ -39,8 +38,7 @@ def run(
     That is a folder, or `s3://BUCKET/PREFIX`: then every epoch's state goes there as `storage.mirrored` says, no lock keeps
     the same training from going on twice, and twice it gives the same weights.
 
-    One process for every GPU, or as many as FFN_PROCESSES says; of those that torchrun started the first alone speaks to
-    MLflow.
+    One process for every GPU, or as many as FFN_PROCESSES says.
 
     Returns what names the checkpoint: preset, protocol, stream, seed.
     """
@@ -49,9 +47,6 @@ def run(
     key = train_key(skeletons.digest, config, protocol, stream)
     names = tracking.names(preset, protocol, stream, seed)
     fit = functools.partial(train, skeletons, protocol=protocol, stream=stream, config=config, out=checkpoint, progress=False)
-    if parallel.follower():
-        fit(state_dir=checkpoint.parent)  # where the first process alone has files
-        return names
     with (
         tracking.child(parent, key=key, kind="train", names=names) as track,
         storage.mirrored(checkpoints, f"{key}/{STATE}") as (states, keep),

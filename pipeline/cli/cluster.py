@@ -130,7 +130,7 @@ def submit(given: argparse.Namespace) -> int:
     """
     from pipeline import submit as kfp
     from pipeline.server import Server
-    from pipeline.watch import follow, links, told
+    from pipeline.watch import follow, page, told
 
     server = Server.from_environment()
     pipeline = kfp.load(given.pipeline, _inputs(given), allow_tag=given.allow_tag)
@@ -143,8 +143,7 @@ def submit(given: argparse.Namespace) -> int:
         )  # fmt: skip
         print(run["run_id"], flush=True)
         print(f"ffn: run {name} is {done}", file=sys.stderr)
-        for what, link in links(server, run):
-            print(f"ffn: {what:<7} {link}", file=sys.stderr)
+        print(f"ffn: KFP     {page(server, run['run_id'])}", file=sys.stderr)
         if not given.watch:
             return 0
         return follow(server, run["run_id"], hours=given.hours, cancel_on_exit=given.cancel_on_exit, workflows=_workflows(server))
@@ -159,14 +158,14 @@ def watch(given: argparse.Namespace) -> int:
     """
     from pipeline import submit as kfp
     from pipeline.server import Server
-    from pipeline.watch import follow, links, told
+    from pipeline.watch import follow, page, told
 
     server = Server.from_environment()
 
     def work() -> int:
         run = kfp.run_id(server, given.run, given.experiment)
-        for what, link in links(server, server.get(f"runs/{run}")):
-            print(f"ffn: {what:<7} {link}", file=sys.stderr)
+        server.get(f"runs/{run}")  # it may not be there
+        print(f"ffn: KFP     {page(server, run)}", file=sys.stderr)
         return follow(server, run, hours=given.hours, cancel_on_exit=given.cancel_on_exit, workflows=_workflows(server))
 
     return told(work)

@@ -33,7 +33,7 @@ SMALL = {
 """Two cores run the whole of it."""
 
 TINY = (
-    "training.epochs=20", "training.batch_size=8", "model.width=16", "model.depths=1", "clip.frames=16", "clip.test_clips=1",
+    "training.epochs=60", "training.batch_size=8", "model.width=16", "model.depths=1", "clip.frames=16", "clip.test_clips=1",
 )  # fmt: skip
 
 

@@ -147,10 +147,13 @@ def test_schedules_make_runs_of_their_own_and_their_end_harms_none(lab: Lab) -> 
     until("a run of the second", lambda: lab.runs(schedules["two"]))
     lab.ffn("cluster", "unschedule", f"two-{lab.suffix}", "--experiment", lab.protocol)
     until("a second run of the first", lambda: len(lab.runs(schedules["one"])) > 1, seconds=420)
-    going = lab.runs(schedules["one"])[-1]["run_id"]
+
+    def running() -> str:
+        return next((str(run["run_id"]) for run in lab.runs(schedules["one"]) if run["state"] == "RUNNING"), "")
+
+    going = until("one that goes on", running)
     said = lab.ffn("cluster", "unschedule", f"one-{lab.suffix}", "--experiment", lab.protocol)
-    if lab.run(going)["state"] in ("PENDING", "RUNNING"):
-        assert f"its run {going} goes on" in said
+    assert f"its run {going} goes on" in said
     runs = [run["run_id"] for schedule in schedules.values() for run in lab.runs(schedule)]
     for run in runs:
         until(f"the end of {run}", lambda run=run: lab.run(run)["state"] == "FAILED", seconds=420)
@@ -172,7 +175,7 @@ def test_the_champion_is_served_and_a_new_one_takes_its_place(lab: Lab) -> None:
     serving("set", "env", "deployment/serving", "--containers=download", f"MODEL_NAME={lab.model}")
     for version in ("1", "2"):
         if version == "2":
-            lab.ffn("model", "promote", "--model", lab.model, "--version", "2", "--force")
+            lab.ffn("model", "promote", f"{lab.model}/2", "--force")
         name = f"follow-{lab.suffix}-{version}"
         job = json.loads(serving("create", "job", name, "--from=cronjob/serving-follow", "--dry-run=client", "-o", "json"))
         (container,) = job["spec"]["template"]["spec"]["containers"]

@@ -22,7 +22,7 @@ STEP = """
 import os, signal, sys
 from pathlib import Path
 from components import step
-from ffn.errors import FFNError
+from ffn.errors import Fault, FFNError
 
 @step
 def run(*, how: str, count: Path, parent: str) -> str:
@@ -35,6 +35,8 @@ def run(*, how: str, count: Path, parent: str) -> str:
             raise ZeroDivisionError("by a bug")
         case "mistake":
             raise FFNError("set.arrow: no such skeleton set")
+        case "fault" | "fault once" if how == "fault" or number == 0:
+            raise Fault("s3://states: no connection")
     return "done"
 """
 
@@ -66,7 +68,7 @@ def given(how: str, count: Path, parent: str = "") -> dict[str, Any]:
     ("how", "tries", "ends"),
     [
         ("well", 1, "done"), ("dies once", 2, "done"), ("breaks once", 2, "done"),
-        ("dies", 3, 1), ("breaks", 3, 1), ("mistake", 1, 2),
+        ("dies", 3, 1), ("breaks", 3, 1), ("mistake", 1, 2), ("fault once", 2, "done"), ("fault", 3, 1),
     ],
 )  # fmt: skip
 def test_what_dies_is_begun_again_and_a_mistake_never(
@@ -84,7 +86,7 @@ def test_what_dies_is_begun_again_and_a_mistake_never(
     said = tracking.failure(parent, "trial S4/p/j")
     assert said == {
         "dies": "was killed (SIGKILL), most often for want of memory", "breaks": "ZeroDivisionError: by a bug",
-        "mistake": "set.arrow: no such skeleton set",
+        "mistake": "set.arrow: no such skeleton set", "fault": "s3://states: no connection",
     }.get(how, "")  # fmt: skip
 
 

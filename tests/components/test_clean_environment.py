@@ -17,7 +17,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from components import tracking
+from components import registry, tracking
 from ffn.data.store import SkeletonSet
 from tests.components.test_steps import Pipeline
 
@@ -46,7 +46,7 @@ def test_a_registered_model_and_a_streams_load_in_an_environment_of_their_requir
     store: MlflowClient, toy: SkeletonSet, tmp_path: Path, clean: Path
 ) -> None:
     """One environment for both models: making it takes minutes where nothing is cached."""
-    version = tracking.at(Pipeline(toy.path, tmp_path / "steps").register())
+    version = registry.at(Pipeline(toy.path, tmp_path / "steps").register())
     (stream,) = store.search_runs(
         [store.get_run(version.run).info.experiment_id], "tags.`ffn.step` = 'train' and tags.`ffn.stream` = 'j'"
     )

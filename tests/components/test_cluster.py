@@ -1,5 +1,7 @@
 """What a step asks Kubernetes of its pod and of other runs, of a server that answers as a real one did."""
 
+import base64
+import gzip
 import json
 import threading
 from collections.abc import Iterator
@@ -82,6 +84,17 @@ def test_what_became_of_another_run(api: dict[str, Any], workflow: dict[str, Any
     items = [workflow] if workflow else []
     api[f"/apis/argoproj.io/v1alpha1/namespaces/kubeflow/workflows?pipeline/runid={RUN}"] = {"items": items}
     assert cluster.state(RUN) == state
+
+
+@pytest.mark.parametrize(("phase", "broken"), [("Succeeded", False), ("Failed", True), ("Error", True), (None, True)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_whether_what_the_exit_handler_guards_failed(api: dict[str, Any], phase: str | None, broken: bool, packed: bool) -> None:
+    nodes = {"a": {"displayName": "exit-handler-1", "phase": phase}, "b": {"displayName": "finish-driver", "phase": "Failed"}}
+    nodes = nodes if phase else {}
+    content = base64.b64encode(gzip.compress(json.dumps(nodes).encode())).decode()
+    status = {"compressedNodes": content} if packed else {"nodes": nodes}
+    api[f"/apis/argoproj.io/v1alpha1/namespaces/kubeflow/workflows?pipeline/runid={RUN}"] = {"items": [{"status": status}]}
+    assert cluster.broken(RUN) is broken
 
 
 def test_a_refusal_is_an_error_that_its_caller_knows(api: dict[str, Any]) -> None:

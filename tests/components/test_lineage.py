@@ -4,12 +4,12 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from components import tracking
+from components import registry, tracking
 from ffn.errors import FFNError
 from ffn.report import Result
 
 
-def registered(store: MlflowClient, *names: str, parent: str = "") -> list[tracking.Version]:
+def registered(store: MlflowClient, *names: str, parent: str = "") -> list[registry.Version]:
     """A version per name, in that order, made by a run of its own under `parent`."""
     experiment = store.get_run(parent).info.experiment_id if parent else store.create_experiment("models")
     tags = {"mlflow.parentRunId": parent} if parent else {}
@@ -17,7 +17,7 @@ def registered(store: MlflowClient, *names: str, parent: str = "") -> list[track
     for number, name in enumerate(names):
         run = store.create_run(experiment, tags=tags).info.run_id
         said = {"protocol": "p", "preset": "S4", **tracking.lineage(parent)}
-        made.append(tracking.register(name, f"runs:/{run}/model", key=f"{name} {number}", run=run, tags=said))
+        made.append(registry.register(name, f"runs:/{run}/model", key=f"{name} {number}", run=run, tags=said))
     return made
 
 
@@ -34,7 +34,7 @@ def test_a_version_says_which_run_code_and_data_it_comes_from(store: MlflowClien
 
 def test_a_version_that_is_found_again_keeps_what_it_said(store: MlflowClient) -> None:
     (first,) = registered(store, "ffn-p")
-    again = tracking.register("ffn-p", "runs:/x/model", key="ffn-p 0", run=first.run, tags={"git_commit": "later"})
+    again = registry.register("ffn-p", "runs:/x/model", key="ffn-p 0", run=first.run, tags={"git_commit": "later"})
     assert (again.number, again.tags) == (first.number, first.tags)
 
 
@@ -42,8 +42,8 @@ def test_a_version_that_is_found_again_keeps_what_it_said(store: MlflowClient) -
 def test_a_version_has_several_names(store: MlflowClient, text: str) -> None:
     one, _ = registered(store, "ffn-p", "ffn-p")
     for alias in ("previous", "champion"):
-        tracking.point(one, alias)
-    found = tracking.find(text)
+        registry.point(one, alias)
+    found = registry.find(text)
     assert (found.uri, found.aliases, found.run) == ("models:/ffn-p/1", ("champion", "previous"), one.run)
     assert found.registered
 
@@ -62,15 +62,15 @@ def test_a_version_has_several_names(store: MlflowClient, text: str) -> None:
 )
 def test_what_names_no_version_is_said_with_what_is_near(store: MlflowClient, text: str, said: str) -> None:
     one, _ = registered(store, "ffn-p", "ffn-p")
-    tracking.point(one, "champion")
+    registry.point(one, "champion")
     store.create_registered_model("ffn-e")
     with pytest.raises(FFNError, match=said):
-        tracking.find(text)
+        registry.find(text)
 
 
 def test_an_empty_registry_is_no_list_of_names(store: MlflowClient) -> None:
     with pytest.raises(FFNError, match="there are none; `ffn run` makes some"):
-        tracking.find("ffn-p/1")
+        registry.find("ffn-p/1")
 
 
 def test_what_was_measured_is_found_by_the_run_that_registered(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,20 +81,20 @@ def test_what_was_measured_is_found_by_the_run_that_registered(store: MlflowClie
         for protocol, stream, top1 in (("p", "2s", 0.9), ("p", "b", 0.7), ("p", "j", 0.8), ("q", "j", 0.1))
     ]
     asked: list[str] = []
-    monkeypatch.setattr(tracking, "results", lambda run: asked.append(run) or given)
-    before = tracking.Version(name="ffn-p", number="1", tags={"protocol": "p", "preset": "S4"}, run=version.run)
+    monkeypatch.setattr(registry, "results", lambda run: asked.append(run) or given)
+    before = registry.Version(name="ffn-p", number="1", tags={"protocol": "p", "preset": "S4"}, run=version.run)
     for one in (version, before):
-        assert list(tracking.measured(one).items()) == [("j", 0.8), ("b", 0.7), ("2s", 0.9)]
+        assert list(registry.measured(one).items()) == [("j", 0.8), ("b", 0.7), ("2s", 0.9)]
     assert asked == [parent, parent]
-    assert tracking.measured(tracking.Version(name="ffn-p", number="1", tags={}, run="0" * 32)) == {}
+    assert registry.measured(registry.Version(name="ffn-p", number="1", tags={}, run="0" * 32)) == {}
 
 
 def test_an_mlflow_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    monkeypatch.setenv(tracking.RETRIES, "0")
-    with pytest.raises(FFNError, match=r"^MLflow at http://127\.0\.0\.1:1: .*refused"), tracking.asked_by_a_person():
-        tracking.models()
-    monkeypatch.delenv(tracking.RETRIES)
-    with tracking.asked_by_a_person():
+    monkeypatch.setenv(registry.RETRIES, "0")
+    with pytest.raises(FFNError, match=r"^MLflow at http://127\.0\.0\.1:1: .*refused"), registry.asked_by_a_person():
+        registry.models()
+    monkeypatch.delenv(registry.RETRIES)
+    with registry.asked_by_a_person():
         assert mlflow.environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.get() == 2
     assert mlflow.environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.get() > 2

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from components import tracking
+from components import registry, tracking
 from components.begin.step import run as begin
 from components.evaluate.step import run as evaluate
 from components.finish.step import run as finish
@@ -26,7 +26,7 @@ from components.promote.step import promote, rollback
 from components.promote.step import run as promote_step
 from components.register.step import require_fit
 from components.register.step import run as register
-from components.tracking import Version
+from components.registry import Version
 from components.train.step import run as train
 from ffn.checkpoint import Checkpoint
 from ffn.config import preset
@@ -51,7 +51,7 @@ class Pipeline:
     name: str = "demo"
 
     def __post_init__(self) -> None:
-        self.parent = begin(
+        self.parent, _ = begin(
             job=self.name, name=self.name, called="", resource="", resumes="", version="v", source="toy", source_version="1",
             space="3d", presets=["S4"], seeds=[0], overrides=TINY,
         )  # fmt: skip
@@ -101,7 +101,7 @@ def test_from_training_to_champion_everything_twice(store: MlflowClient, toy: Sk
     assert figures == {"figures/learning_curves.png", "figures/confusion.png", "figures/per_class.png"}
     assert len(stream.outputs.model_outputs) == 1
 
-    version = tracking.version("ffn-p", alias="challenger")
+    version = registry.version("ffn-p", alias="challenger")
     assert version
     assert version.tags["data_digest"] == toy.digest
     assert float(version.tags["top1"]) == json.loads((tmp_path / "fused" / "result.json").read_text())["top1"]
@@ -109,9 +109,9 @@ def test_from_training_to_champion_everything_twice(store: MlflowClient, toy: Sk
     assert gate(model=uri, data=toy.path) == "promote"
     promote_step(model=uri)
     promote_step(model=uri)
-    assert tracking.version("ffn-p", alias="previous") is None
+    assert registry.version("ffn-p", alias="previous") is None
     assert gate(model=uri, data=toy.path) == "hold"
-    champion = tracking.version("ffn-p", alias="champion")
+    champion = registry.version("ffn-p", alias="champion")
     assert champion
     assert champion.tags["gate"] == "promote"
     assert champion.tags["promoted_because"] == "there is no champion yet"
@@ -157,7 +157,7 @@ def test_the_registered_model_is_the_fused_one_with_preprocessing_inside(
         place[: clip.shape[0], : clip.shape[1]] = clip
     said = model.predict(batch)
     assert isinstance(said, pd.DataFrame)
-    wanted = FusedModel.load(tracking.download(tracking.at(uri))).predict(clips)
+    wanted = FusedModel.load(registry.download(registry.at(uri))).predict(clips)
     got = np.array([list(row.values()) for row in said["probabilities"]])
     np.testing.assert_allclose(got, wanted, atol=1e-6)
     assert list(said["label"]) == [toy.classes[k] for k in wanted.argmax(1)]
@@ -196,7 +196,7 @@ def test_a_champion_of_other_data_is_measured_again_on_the_present(store: Mlflow
     fresh = write_set(tmp_path / "fresh.arrow", arrays, "3d", labels=labels)
     new = Pipeline(fresh.path, tmp_path / "new", name="fresh").register("training.epochs=1")
     gate(model=new, data=fresh.path)
-    reason = tracking.at(new).tags["gate_reason"]
+    reason = registry.at(new).tags["gate_reason"]
     assert reason.endswith(f"of champion version 1, measured again on data {fresh.digest}")
 
 
@@ -204,13 +204,13 @@ def three_versions(store: MlflowClient) -> list[Version]:
     experiment = store.create_experiment("models")
     run = store.create_run(experiment).info.run_id
     return [
-        tracking.register("ffn-p", f"runs:/{run}/model-{number}", key=str(number), run=run, tags={"top1": "0.5"})
+        registry.register("ffn-p", f"runs:/{run}/model-{number}", key=str(number), run=run, tags={"top1": "0.5"})
         for number in range(3)
     ]
 
 
 def aliases() -> dict[str, str]:
-    found = {alias: tracking.version("ffn-p", alias=alias) for alias in ("champion", "previous")}
+    found = {alias: registry.version("ffn-p", alias=alias) for alias in ("champion", "previous")}
     return {alias: version.number for alias, version in found.items() if version}
 
 
@@ -218,13 +218,13 @@ def test_by_hand_the_gate_decides_too(store: MlflowClient, tmp_path: Path) -> No
     one, two, three = three_versions(store)
     same = {"data_digest": "d", "classes_digest": "c"}
     for each, top1 in ((one, "0.5"), (two, "0.4"), (three, "0.6")):
-        tracking.mark(each, {**same, "top1": top1})
+        registry.mark(each, {**same, "top1": top1})
 
     def by_hand(number: str, **how: Any) -> tuple[bool, str]:
         return promote_by_hand(f"ffn-p/{number}", workspace=Workspace(root=tmp_path), **how)
 
     assert by_hand("1", reason="the first")[0]
-    assert tracking.at(one.uri).tags["promoted_because"] == "the first"
+    assert registry.at(one.uri).tags["promoted_because"] == "the first"
     done, said = by_hand("2")
     assert (done, aliases()) == (False, {"champion": "1"})
     assert "40.00 % is worse than 50.00 %" in said
@@ -236,7 +236,7 @@ def test_by_hand_the_gate_decides_too(store: MlflowClient, tmp_path: Path) -> No
     assert aliases() == {"champion": "2", "previous": "1"}
     assert by_hand("3", to="shadow") == (True, "ffn-p version 3 is shadow")
     assert by_hand("2") == (True, "ffn-p version 2 is champion already")
-    tracking.mark(three, {"data_digest": "other"})
+    registry.mark(three, {"data_digest": "other"})
     assert "was measured on other data" in by_hand("3")[1]
     assert aliases() == {"champion": "2", "previous": "1"}
 
@@ -252,10 +252,10 @@ def test_promotion_and_rollback_move_the_aliases_once(store: MlflowClient) -> No
     promote(three, "better still")
     rollback("ffn-p")
     assert aliases() == {"champion": "2", "previous": "3"}
-    assert tracking.at(three.uri).tags["rolled_back"]
+    assert registry.at(three.uri).tags["rolled_back"]
     promote(three, "by hand, after all")
     assert aliases() == {"champion": "3", "previous": "2"}
-    assert not tracking.at(three.uri).tags["rolled_back"]
+    assert not registry.at(three.uri).tags["rolled_back"]
     with pytest.raises(FFNError, match="ffn-q: no champion; registered models: ffn-p"):
         rollback("ffn-q")
 
@@ -266,7 +266,7 @@ def test_a_promotion_or_rollback_that_is_cut_off_is_finished_by_the_next(
 ) -> None:
     one, two, _ = three_versions(store)
     promote(one, "first")
-    tracking.mark(two, {"rolled_back": "2026-01-01"})
+    registry.mark(two, {"rolled_back": "2026-01-01"})
 
     def cut_off(work: Callable[[], str]) -> None:
         """Do `work` twice; the first attempt is killed after its calls that change the registry, as many as `calls`."""
@@ -282,7 +282,7 @@ def test_a_promotion_or_rollback_that_is_cut_off_is_finished_by_the_next(
 
         with monkeypatch.context() as patched:
             for name in ("mark", "point"):
-                patched.setattr(tracking, name, until_killed(getattr(tracking, name)))
+                patched.setattr(registry, name, until_killed(getattr(registry, name)))
             with contextlib.suppress(KeyboardInterrupt):
                 work()
                 return
@@ -290,10 +290,10 @@ def test_a_promotion_or_rollback_that_is_cut_off_is_finished_by_the_next(
 
     cut_off(lambda: promote(two, "better"))
     assert aliases() == {"champion": "2", "previous": "1"}
-    assert (tracking.at(two.uri).tags["promoted_because"], tracking.at(two.uri).tags["rolled_back"]) == ("better", "")
+    assert (registry.at(two.uri).tags["promoted_because"], registry.at(two.uri).tags["rolled_back"]) == ("better", "")
     cut_off(lambda: rollback("ffn-p"))
     assert aliases() == {"champion": "1", "previous": "2"}
-    assert (bool(tracking.at(two.uri).tags["rolled_back"]), tracking.at(one.uri).tags["rolled_back"]) == (True, "")
+    assert (bool(registry.at(two.uri).tags["rolled_back"]), registry.at(one.uri).tags["rolled_back"]) == (True, "")
 
 
 def table(path: Path, *, stream: str = "j", flip: bool = False) -> Path:
@@ -353,7 +353,7 @@ def test_what_does_not_belong_together_is_not_registered(digest: str, fusion: di
 def test_registering_again_with_the_same_key_gives_the_same_version(store: MlflowClient) -> None:
     assert [found.number for found in three_versions(store)] == ["1", "2", "3"]
     run = store.create_run(store.create_experiment("again")).info.run_id
-    assert tracking.register("ffn-p", f"runs:/{run}/model", key="1", run=run, tags={}).number == "2"
+    assert registry.register("ffn-p", f"runs:/{run}/model", key="1", run=run, tags={}).number == "2"
 
 
 def test_bad_input_leaves_a_failed_run_and_one_line(

@@ -9,7 +9,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from components import cluster, tracking
+from components import cluster, registry, tracking
 from components.begin.step import run as begin
 from components.finish.step import run as finish
 from ffn.data.store import SkeletonSet
@@ -26,7 +26,7 @@ def begun(run: str = "demo", **given: Any) -> str:
         "job": run, "name": "", "called": "", "resource": "", "resumes": "", "version": "", "source": "here",
         "source_version": "1", "space": "3d", "presets": ["S4"], "seeds": [0], "overrides": [],
     }  # fmt: skip
-    return str(begin(**{**inputs, **given}))
+    return str(begin(**{**inputs, **given})[0])
 
 
 def ended(run: str, folder: Path, status: str = "SUCCEEDED") -> str:
@@ -100,6 +100,7 @@ def test_a_run_says_where_it_comes_from_and_so_do_its_children(
     assert tracking.lineage(parent) == {
         "git_commit": "abc", "image": "registry.example/ffn@sha256:1", "kfp_run": "id-1",
         "kfp_url": wanted["ffn.kfp_url"], "pipeline_version": "0123-4567", "data_digest": "d", "mlflow_run": parent,
+        "run": "id-1",
     }  # fmt: skip
     assert tracking.lineage("") == {}
 
@@ -244,7 +245,7 @@ def test_equal_work_under_two_parents_is_two_runs(store: MlflowClient) -> None:
 
 def test_a_version_that_is_not_there_is_named(store: MlflowClient) -> None:
     with pytest.raises(FFNError, match=r"models:/ffn-p/7: no such model version"):
-        tracking.at("models:/ffn-p/7")
+        registry.at("models:/ffn-p/7")
     with pytest.raises(FFNError, match="no pipeline run 'demo'"):
         tracking.parent("demo")
 

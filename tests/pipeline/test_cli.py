@@ -191,13 +191,13 @@ def test_what_kfp_warns_of_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_one_of_several_champions_is_to_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from components import tracking
+    from components import registry
 
     for name in ("MLFLOW_TRACKING_URI", "FFN_ARTIFACTS"):  # `predict` sets them for its process
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(tracking, "registered", lambda: ["ffn-p", "ffn-q", "ffn-r"])
+    monkeypatch.setattr(registry, "registered", lambda: ["ffn-p", "ffn-q", "ffn-r"])
     monkeypatch.setattr(
-        tracking, "version", lambda name, alias: None if name == "ffn-r" else tracking.Version(name=name, number="1", tags={})
+        registry, "version", lambda name, alias: None if name == "ffn-r" else registry.Version(name=name, number="1", tags={})
     )
     with pytest.raises(FFNError, match=r"2 champions: ffn-p, ffn-q; choose one with --model$"):
         load("", (), Workspace(root=tmp_path))

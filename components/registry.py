@@ -1,0 +1,192 @@
+"""Registered models in MLflow: versions, their aliases, tags and files."""
+
+import contextlib
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from components.tracking import KEY, KIND, PARENT, children, results
+from ffn.config import suggest
+from ffn.errors import FFNError
+from ffn.report import in_order
+
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+
+LONGEST_ERROR = 600
+"""What of MLflow's own words is shown to a person."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One version of a registered model."""
+
+    name: str
+    number: str
+    tags: Mapping[str, str]
+    run: str = ""
+    """Id of the MLflow run that registered it."""
+    registered: datetime | None = None
+    aliases: tuple[str, ...] = ()
+    """Only where `history` or `find` read it: MLflow keeps them with the model, and says none of its versions."""
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.number}"
+
+
+def register(name: str, model: str, *, key: str, run: str, tags: Mapping[str, str]) -> Version:
+    """A version of the model `name`, made from the logged model `model`; the one made before from the same `key`, if any."""
+    client = MlflowClient()
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    found = list(client.search_model_versions(f"name = '{name}' and tag.`{KEY}` = '{key}'"))
+    # A server refuses a logged model as the source unless its id is said too; a database takes it.
+    model_id = model.removeprefix("models:/") if model.startswith("models:/m-") else None
+    made = found[0] if found else client.create_model_version(name, model, run_id=run, tags={KEY: key, **tags}, model_id=model_id)
+    return _version(made)
+
+
+def versions(parent_id: str) -> list[Version]:
+    """The versions that a pipeline run registered, or found registered."""
+    client = MlflowClient()
+    made = children(client, parent_id, also=f" and tags.`{KIND}` = 'register'")
+    said = [(run.data.params.get("model"), run.data.metrics.get("version")) for run in made]
+    found = [version(name, number=str(int(number))) for name, number in said if name and number]
+    return [one for one in found if one]
+
+
+def version(name: str, *, number: str = "", alias: str = "") -> Version | None:
+    """The version of `name` with that number or alias; None where there is none."""
+    client = MlflowClient()
+    try:
+        found = client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return _version(found)
+
+
+def at(uri: str) -> Version:
+    """The version that `models:/NAME/NUMBER` names. Raises `FFNError` where there is none."""
+    name, _, number = uri.removeprefix("models:/").partition("/")
+    found = version(name, number=number) if number.isdigit() else None
+    if not found:
+        raise FFNError(f"{uri}: no such model version in {mlflow.get_registry_uri()}; expected models:/NAME/NUMBER")
+    return found
+
+
+def find(text: str, *, alias: str = "") -> Version:
+    """The version that `NAME/NUMBER` or `NAME@ALIAS` names, with or without `models:/` before it; `NAME` alone means `alias`.
+
+    Raises `FFNError` where it reads otherwise, or where there is no such version, with the names that are near.
+    """
+    said = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/([0-9]+)|@([^/@]+))?", text)
+    name, number, alias = (said[1], said[2], said[3] or alias) if said else ("", "", "")
+    if not number and not alias:
+        raise FFNError(f"{text}: expected a version, as ffn-PROTOCOL/NUMBER or ffn-PROTOCOL@ALIAS")
+    known = models()
+    require_model(name, known)
+    if not number and alias not in known[name]:
+        raise FFNError(f"{name}: no alias {alias!r}: {suggest(alias, known[name]) if known[name] else 'it has none'}")
+    wanted, versions = str(int(number or known[name][alias])), history(name, known[name])
+    found = next((version for version in versions if version.number == wanted), None)
+    if not found:
+        numbers = ", ".join(version.number for version in versions)
+        raise FFNError(f"{name}: no version {wanted}: {f'expected one of {numbers}' if numbers else 'it has none'}")
+    return found
+
+
+def require_model(name: str, known: Collection[str]) -> None:
+    """Raise `FFNError` where `name` is none of the `known` models, with those that are near."""
+    if name not in known:
+        near = suggest(name, known) if known else "there are none; `ffn run` makes some"
+        raise FFNError(f"no model {name!r} registered in {mlflow.get_registry_uri()}: {near}")
+
+
+def models() -> dict[str, dict[str, str]]:
+    """Registered model -> its aliases -> the number of the version that each names."""
+    found = MlflowClient().search_registered_models(max_results=1000)
+    return {model.name: {alias: str(number) for alias, number in model.aliases.items()} for model in found}
+
+
+def history(name: str, aliases: Mapping[str, str]) -> list[Version]:
+    """The versions of the model `name`, newest first, each with those of the model's `aliases` that name it."""
+    found = MlflowClient().search_model_versions(f"name = '{name}'")
+    made = [_version(one, (alias for alias, number in aliases.items() if number == str(one.version))) for one in found]
+    return sorted(made, key=lambda version: int(version.number), reverse=True)
+
+
+def registered() -> list[str]:
+    """Names of the registered models."""
+    return [model.name for model in MlflowClient().search_registered_models(max_results=1000)]
+
+
+def point(version: Version, alias: str) -> None:
+    """Make `alias` name this version."""
+    MlflowClient().set_registered_model_alias(version.name, alias, version.number)
+
+
+def mark(version: Version, tags: Mapping[str, str]) -> None:
+    """Set tags of the version."""
+    client = MlflowClient()
+    for name, value in tags.items():
+        client.set_model_version_tag(version.name, version.number, name, value)
+
+
+def download(version: Version) -> Path:
+    """A folder with the version's fused model: `fusion.json` and one checkpoint per stream."""
+    return Path(mlflow.artifacts.download_artifacts(version.uri)) / "artifacts" / "fused"
+
+
+def read(version: Version, path: str) -> str:
+    """The text of one file of the version's model. Raises `FFNError` where it cannot be read."""
+    try:
+        return str(mlflow.artifacts.load_text(f"{version.uri}/{path}"))
+    except Exception as error:  # MLflow's, or that of whichever store keeps its artifacts
+        raise FFNError(f"{version.uri}: {path} cannot be read: {' '.join(str(error).split())[:LONGEST_ERROR]}") from None
+
+
+def measured(version: Version) -> dict[str, float]:
+    """Stream or fusion -> held-out top1, as the pipeline run that made the version measured it; nothing where it is not known."""
+    try:
+        parent = version.tags.get("mlflow_run") or MlflowClient().get_run(version.run).data.tags.get(PARENT, "")
+        found = results(parent) if parent else []
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "INVALID_PARAMETER_VALUE"):
+            raise
+        return {}
+    wanted = (version.tags.get("protocol"), version.tags.get("preset"))
+    return {result.stream: result.top1 for result in in_order(found) if (result.protocol, result.preset) == wanted}
+
+
+@contextlib.contextmanager
+def asked_by_a_person() -> Iterator[None]:
+    """Inside the block an MLflow that refuses or does not answer is an `FFNError`, after seconds; a step waits for minutes."""
+    ours = RETRIES not in os.environ
+    os.environ.setdefault(RETRIES, "2")
+    try:
+        yield
+    except MlflowException as error:
+        raise FFNError(f"MLflow at {mlflow.get_tracking_uri()}: {' '.join(str(error).split())[:LONGEST_ERROR]}") from None
+    finally:
+        if ours:
+            del os.environ[RETRIES]
+
+
+def _version(found: ModelVersion, aliases: Iterable[str] = ()) -> Version:
+    return Version(
+        name=str(found.name), number=str(found.version), tags=dict(found.tags), run=str(found.run_id or ""),
+        registered=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC), aliases=tuple(sorted(aliases)),
+    )  # fmt: skip
