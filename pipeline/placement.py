@@ -13,7 +13,7 @@ CACHED = frozenset({"ingest", "evaluate"})
 """Steps whose output a cluster may reuse: the others open runs, resume from a state, or read and change the registry."""
 
 CACHED_LOCALLY = CACHED | {"train", "fuse"}
-"""Reused on one machine too: the parent run's id is part of every key there, so a new MLflow store finds nothing cached."""
+"""Reused on one machine too. The parent run's id is part of every key but ingestion's, so a new MLflow store finds no training."""
 
 HEAVY = frozenset({"train", "evaluate"})
 THREADS = "OMP_NUM_THREADS"

@@ -88,11 +88,11 @@ class Settings:
     parallelism: int = 0
     """Streams of a protocol that train at once; 0 for all."""
     retries: int = 2
-    """How often a failed step is run again, with growing pauses; a training goes on after its last complete epoch."""
+    """How often a step that died is begun again in its pod, and a lost pod made again; a training goes on after its last epoch."""
     hours: int = 72
-    """Time limit of one attempt of a heavy step; waiting for a node does not count."""
+    """Time limit of a heavy step's pod, with all the attempts in it; waiting for a node does not count."""
     light_hours: int = 6
-    """Time limit of one attempt of a light step."""
+    """Time limit of a light step's pod."""
     promote: bool = True
     """Whether a run makes a model that is not worse the champion itself; else it stays challenger until a person promotes it."""
     local: bool = False

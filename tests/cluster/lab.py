@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import requests
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -22,6 +23,7 @@ NEEDED = {
     "FFN_CLUSTER_S3_URL": "that store's address from here (its keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)",
     "FFN_IMAGE": "the image of the steps, by digest",
     "FFN_KFP_URL": "KFP's API",
+    "FFN_KFP_UI": "KFP's pages",
     "FFN_MLFLOW_UI": "MLflow's address from here (its account: MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)",
     "MLFLOW_TRACKING_URI": "MLflow's address from a pod",
 }
@@ -99,6 +101,18 @@ class Lab:
         labels = f"pipeline/runid={run}" + (f",app.kubernetes.io/component={step}" if step else "")
         found = json.loads(self.kubectl("get", "pods", "-l", labels, "-o", "json"))["items"]
         return sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+
+    def shown(self, run: str, step: str, artifact: str) -> str:
+        """What KFP's pages show of an artifact that a step wrote."""
+        (main,) = [container for container in self.pods(run, step)[-1]["spec"]["containers"] if container["name"] == "main"]
+        words = [*main["command"], *main["args"]]
+        told = json.loads(words[words.index("--executor_input") + 1])["outputs"]["artifacts"][artifact]["artifacts"][0]["uri"]
+        store, _, place = told.partition("://")
+        bucket, _, key = place.partition("/")
+        query = {"source": store, "namespace": self.namespace, "bucket": bucket, "key": key}
+        answer = requests.get(f"{os.environ['FFN_KFP_UI']}/artifacts/get", params=query, timeout=60)
+        answer.raise_for_status()
+        return answer.text
 
     def run(self, run: str) -> Json:
         return self.server.get(f"runs/{run}")

@@ -44,6 +44,11 @@ def test_a_run_becomes_one_run_in_mlflow_and_a_champion(lab: Lab) -> None:
         assert version.tags[what] == tags[tag], what
     assert version.tags["mlflow_run"] == parent.info.run_id
 
+    assert lab.shown(run, "finish", "table").startswith(f"# first-{lab.suffix}: FINISHED")
+    page = lab.shown(run, "finish", "report")
+    assert page.count("data:image/png;base64,") == 4
+    assert lab.protocol in page
+
     assert "is found" in lab.submit("first")
     assert first_line(lab.submit("first")) == run
     reference = lab.run(run)["pipeline_version_reference"]
