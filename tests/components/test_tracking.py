@@ -107,8 +107,10 @@ def test_a_run_says_where_it_comes_from_and_so_do_its_children(
 
 def open_child(parent: str, key: str, name: str = "S4/p/j") -> str:
     """A child whose process was killed."""
-    with contextlib.suppress(ZeroDivisionError), tracking.child(parent, key=key, kind="train", name=name) as track:
-        raise ZeroDivisionError
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(tracking.LABEL, f"train {name}")
+        with contextlib.suppress(ZeroDivisionError), tracking.child(parent, key=key, kind="train", name=name) as track:
+            raise ZeroDivisionError
     MlflowClient().update_run(track.id, "RUNNING")
     MlflowClient().delete_tag(track.id, "ffn.error")
     return track.id

@@ -18,5 +18,7 @@ def test_version_and_health(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert re.fullmatch(r"ffn \S+, commit abc\n", capsys.readouterr().out)
     assert main(["health"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [["torch", "ok"], ["scratch", "ok"], ["MLflow", "ok"], ["store", "FAILED"]]
-    assert "no connection with http://127.0.0.1:1" in lines[-1]
+    assert [line.split()[:2] for line in lines] == [
+        ["torch", "ok"], ["scratch", "ok"], ["MLflow", "ok"], ["states", "FAILED"], ["data", "ok"]
+    ]  # fmt: skip
+    assert "no connection with http://127.0.0.1:1" in lines[-2]
