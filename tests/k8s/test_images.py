@@ -86,7 +86,7 @@ print(json.dumps({
 }))"""
     assert json.loads(inside("python3", "-c", code)) == {"tools": [], "uncompiled": [], "pip": False}
     assert [line.split()[:2] for line in inside("ffn", "health").splitlines()] == [
-        ["torch", "ok"], ["scratch", "ok"], ["MLflow", "ok"], ["store", "ok"]
+        ["torch", "ok"], ["scratch", "ok"], ["MLflow", "ok"], ["states", "ok"], ["data", "ok"]
     ]  # fmt: skip
 
 
