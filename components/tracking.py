@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Self
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the steps' own address of it
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 # KFP's MLflow plugin, where an administrator has it on, names a run of its own making to every step: never ours.
 # Source: KFP 2.17.0, backend/src/v2/common/plugins/mlflow/handler.go:141.

@@ -28,10 +28,10 @@ WAIT_SECONDS = 3.0
 MOST_RESUMED = 20
 
 WITHOUT_PLUGIN = {"mlflow": {"disabled": True}}
-"""KFP's MLflow plugin, where an administrator has it on, would log every run once more. And a schedule that says anything of
-plugins has its runs made by KFP's API, under a name, in place of copies of a workflow.
+"""KFP's MLflow plugin, where an administrator has it on, would log every run once more; of a schedule's runs it knows nothing.
 
-Source: KFP 2.17.0, backend/src/apiserver/plugins/mlflow/dispatcher.go:51, backend/src/apiserver/resource/resource_manager.go:1301.
+Not for schedules: one that says anything of plugins loses the parameters of its runs.
+Source: KFP 2.17.0, backend/src/apiserver/plugins/mlflow/dispatcher.go:51, backend/src/apiserver/resource/resource_manager.go:1314.
 """
 
 
@@ -61,7 +61,6 @@ class Pipeline:
             "description": self.description,
             "pipeline_version_reference": {name: version[name] for name in ("pipeline_id", "pipeline_version_id")},
             "runtime_config": {"parameters": {**self.parameters, **({"resumes": resumes} if resumes else {})}},
-            "plugins_input": WITHOUT_PLUGIN,
         }
 
 
@@ -132,7 +131,7 @@ def submit(
         return found, "found"
     before = found
     content = pipeline.body(uploaded(server, pipeline), resumes=_resumed(found) if found else "")
-    body = {"display_name": name, "experiment_id": where, **content}
+    body = {"display_name": name, "experiment_id": where, "plugins_input": WITHOUT_PLUGIN, **content}
     run, made = server.create("runs", {**body, "service_account": account} if account else body, find)
     return _the_one(server, pipeline, name, where, run) if made else run, "retried" if before else "made" if made else "found"
 

@@ -26,7 +26,13 @@ RUN = {
     "display_name": str, "description": str, "experiment_id": str, "pipeline_version_reference": dict, "runtime_config": dict,
     "service_account": str, "plugins_input": dict,
 }  # fmt: skip
-SCHEDULE = {**RUN, "mode": str, "max_concurrency": str, "no_catchup": bool, "trigger": dict}
+SCHEDULE = {
+    **{key: kind for key, kind in RUN.items() if key != "plugins_input"},
+    "mode": str,
+    "max_concurrency": str,
+    "no_catchup": bool,
+    "trigger": dict,
+}
 EXPERIMENT = {"display_name": str, "namespace": str}
 PIPELINE = {"display_name": str, "name": str, "namespace": str}
 IDENTITY = {"runs": "run_id", "recurringruns": "recurring_run_id", "experiments": "experiment_id", "pipelines": "pipeline_id"}
