@@ -99,7 +99,7 @@ def test_a_mistake_is_told_once_and_mended_by_a_retry(lab: Lab) -> None:
 
 def test_a_lost_pod_a_cancelled_run_and_its_retry(lab: Lab) -> None:
     """The training goes on after its last epoch each time, in one run of MLflow."""
-    long = ("training.epochs=2000",)
+    long = ("training.epochs=900",)
     run = first_line(lab.submit("long", settings=long))
     name = f"S4-small/{lab.protocol}/j"
 
@@ -136,7 +136,7 @@ def test_a_lost_pod_a_cancelled_run_and_its_retry(lab: Lab) -> None:
     (same,) = lab.children(after)[name]
     assert same.info.run_id == child.info.run_id
     logged = [point.step for point in lab.mlflow.get_metric_history(child.info.run_id, "train_loss")]
-    assert logged == list(range(1, 2001))
+    assert logged == list(range(1, 901))
 
 
 def test_schedules_make_runs_of_their_own_and_their_end_harms_none(lab: Lab) -> None:
