@@ -182,8 +182,7 @@ def test_the_champion_is_served_and_a_new_one_takes_its_place(lab: Lab) -> None:
     serving("patch", "cronjob", "serving-follow", "--patch", '{"spec": {"suspend": true}}')
     serving("set", "env", "deployment/serving", "--containers=download", f"MODEL_NAME={lab.model}")
     for version in ("1", "2"):
-        if version == "2":
-            lab.ffn("model", "promote", f"{lab.model}/2", "--force")
+        lab.ffn("model", "promote", f"{lab.model}/{version}", "--force")
         name = f"follow-{lab.suffix}-{version}"
         job = json.loads(serving("create", "job", name, "--from=cronjob/serving-follow", "--dry-run=client", "-o", "json"))
         (container,) = job["spec"]["template"]["spec"]["containers"]
