@@ -13,6 +13,9 @@ from ffn.errors import Fault, FFNError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+LABEL = "FFN_STEP"
+"""Variable with the label of the step that this process is: `attempts` sets it, `tracking` writes it to MLflow."""
+
 IMAGE = "ffn-python:dev"
 """Image of every step; replaced by the one in the settings when the pipeline is compiled."""
 

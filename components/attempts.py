@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components import Mistake, cluster, say
+from components import LABEL, Mistake, cluster, say
 from ffn.errors import Fault
 
 ATTEMPTS = "FFN_ATTEMPTS"
@@ -28,9 +28,6 @@ ATTEMPTS = "FFN_ATTEMPTS"
 
 PAUSE_SECONDS = 10.0
 """Before the second attempt; three times as long before each further one."""
-
-LABEL = "FFN_STEP"
-"""Variable with the step's label, for components/tracking.py."""
 
 NAMES = ("preset", "protocol", "stream")
 
@@ -50,7 +47,7 @@ def attempt(step: str, given: Mapping[str, Any]) -> Any:
 def label(step: str, inputs: Mapping[str, Any]) -> str:
     """`train S4/ntu60-xsub/j`: which step, of what."""
     parts = [str(inputs[name]) for name in NAMES if name in inputs]
-    seed = inputs.get("seed", 0)
+    seed = int(inputs.get("seed", 0))  # KFP makes 2.0 of 2
     return f"{step} {'/'.join([*parts, *([f'seed{seed}'] if seed else [])])}".strip()
 
 

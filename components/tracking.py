@@ -43,7 +43,7 @@ from mlflow.types.schema import Map
 from numpy.typing import NDArray
 
 import ffn
-from components import cluster
+from components import LABEL, cluster
 from ffn.checkpoint import Checkpoint
 from ffn.data.store import SkeletonSet
 from ffn.errors import FFNError
@@ -63,9 +63,6 @@ WHERE, ATTEMPT, FAILED = "ffn.where", "ffn.attempt", "ffn.failed."
 
 ERROR, POD, STEP, NOTE = "ffn.error", "ffn.pod", "ffn.label", "mlflow.note.content"
 """Tags of a child that failed: why, in which pod, in which step. The note is what MLflow shows first."""
-
-LABEL = "FFN_STEP"
-"""Variable with the label of the step that this process is: components/attempts.py."""
 
 COMMIT = "mlflow.source.git.commit"
 LINEAGE: Mapping[str, str] = {

@@ -6,20 +6,19 @@ ended, and the last words that the step left there (components/cluster.py).
 Source: argo-workflows 4.0.5, workflow/controller/operator.go:1709 (`inferFailedReason`) and `getPendingReason` beside it.
 """
 
-import base64
-import gzip
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
+from components.attempts import label
+from components.cluster import argo_nodes
+
 Json = dict[str, Any]
 
 WAITING = frozenset({"", "PodInitializing", "ContainerCreating"})
 """Messages of a pod that is on its way."""
-
-NAMES = ("preset", "protocol", "stream")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ class Workflows:
 def troubles(workflow: Json) -> Iterator[Trouble]:
     """The pods of a workflow that failed, or wait for more than their turn."""
     name, namespace = workflow["metadata"]["name"], workflow["metadata"]["namespace"]
-    for node in nodes(workflow.get("status") or {}).values():
+    for node in argo_nodes(workflow.get("status") or {}).values():
         said = node.get("message") or ""
         waits = node.get("phase") == "Pending" and said not in WAITING
         if node.get("type") != "Pod" or not (waits or node.get("phase") in ("Failed", "Error")):
@@ -79,13 +78,6 @@ def troubles(workflow: Json) -> Iterator[Trouble]:
         step, why = step_of(node), reason(said)
         look = f"kubectl -n {namespace} {f'describe pod {pod}' if waits else f'logs {pod} -c main'}"
         yield Trouble(step=step, pod=pod, why=f"waits: {why}" if waits else why.removeprefix(f"{step}: "), log=look)
-
-
-def nodes(status: Json) -> Json:
-    """A workflow's nodes by id; Argo compresses them where they are many."""
-    if packed := status.get("compressedNodes"):
-        return dict(json.loads(gzip.decompress(base64.b64decode(packed))))
-    return status.get("nodes") or {}
 
 
 def reason(message: str) -> str:
@@ -109,6 +101,4 @@ def step_of(node: Json) -> str:
         values = json.loads(words[words.index("--executor_input") + 1])["inputs"]["parameterValues"]
     except (KeyError, ValueError, IndexError, TypeError):
         return f"{given.get('task-name') or node.get('displayName', 'step')} ({node.get('templateName', 'pod')})"
-    seed = int(values.get("seed", 0))
-    parts = [str(values[name]) for name in NAMES if name in values] + ([f"seed{seed}"] if seed else [])
-    return f"{step} {'/'.join(parts)}".strip()
+    return label(step, values)

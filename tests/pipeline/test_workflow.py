@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.workflow import Workflows, nodes, reason, troubles
+from components.cluster import argo_nodes
+from pipeline.workflow import Workflows, reason, troubles
 
 VALUES = {"preset": "S4", "protocol": "ntu60-xsub", "stream": "j", "seed": 0, "overrides": []}
 
@@ -80,7 +81,7 @@ def test_a_seed_and_a_driver_are_named() -> None:
 
 def test_many_nodes_are_compressed() -> None:
     packed = base64.b64encode(gzip.compress(json.dumps({"a": node("Failed", "x")}).encode())).decode()
-    assert nodes({"compressedNodes": packed})["a"]["message"] == "x"
+    assert argo_nodes({"compressedNodes": packed})["a"]["message"] == "x"
     assert reason("") == "ended without a word"
 
 
