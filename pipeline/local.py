@@ -1,16 +1,12 @@
 """The pipeline on this machine: every step a process; MLflow in a file, nothing else to install.
 
-`kfp.local` runs the graph. Two places of it are replaced while a pipeline runs, because it offers no other way: what
-starts a step's process (so that a person reads one line per event, the rest goes to a log file, and an
-interrupt ends every step), and where its own logging goes (from which cache hits are read).
+`kfp.local` runs the graph; what of it has to be ours instead is in `pipeline/replaced.py`.
 """
 
-import builtins
 import contextlib
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
 import shlex
@@ -31,6 +27,7 @@ from ffn.data.ingest import source_version
 from ffn.errors import FFNError
 from ffn.machine import cores
 from ffn.protocols import require_name
+from pipeline import replaced
 from pipeline.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,8 +97,7 @@ def run(
         require_name("--name", name)
     source, version = located(source)
     for path in (workspace.root, source):
-        if "python3" in str(path):
-            raise FFNError(f"{path}: kfp.local rewrites the text 'python3' in every path; use a folder without it in its name")
+        replaced.require_untouched(path)
     compared = len(presets) * len(seeds) > 1
     inputs = [version, space, *map(list, (presets, seeds, overrides, protocols, streams))]
     name = name or f"{'comparison' if compared else presets[0]}-{configuration.digest(*inputs)[:8]}"
@@ -197,28 +193,16 @@ class Steps:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Inside the block kfp.local starts its processes here and is otherwise silent."""
-        from kfp.local import subprocess_task_handler
-
         self.logs.mkdir(parents=True, exist_ok=True)
         self._scratch = self.logs / "tmp"
         self._scratch.mkdir(exist_ok=True)
         self._out = sys.stdout
-        root, start = logging.getLogger(), subprocess_task_handler.run_local_subprocess
-        level = root.level
         in_main = threading.current_thread() is threading.main_thread()
         handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
-        speak = builtins.print
-        root.addFilter(self._heard)
-        root.setLevel(logging.INFO)
-        subprocess_task_handler.run_local_subprocess = self._start
         try:
-            with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
+            with replaced.replaced(self._start, self._cached, lambda text: self.say("kfp", text)):
                 yield
         finally:
-            subprocess_task_handler.run_local_subprocess = start
-            builtins.print = speak  # kfp.local indents it, and parallel steps leave it so
-            root.removeFilter(self._heard)
-            root.setLevel(level)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -276,14 +260,8 @@ class Steps:
             self._out.write(f"{label:<26} {text}\n")
             self._out.flush()
 
-    def _heard(self, record: logging.LogRecord) -> bool:
-        """Reads cache hits and warnings from kfp.local's log, and lets nothing of it through."""
-        text = record.getMessage()
-        if hit := re.match(r"Task (\S+) cache hit \(key=(\w+)", text):
-            self.say(_cached_label(hit[1], self.cache, hit[2], self.compared), "cached")
-        elif record.levelno >= logging.WARNING and "finished with status" not in text:  # that of a step was said already
-            self.say("kfp", text)
-        return False
+    def _cached(self, task: str, key: str) -> None:
+        self.say(_cached_label(task, self.cache, key, self.compared), "cached")
 
     def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
         self.stopped = True

@@ -1,7 +1,6 @@
 """The command line: one clear line for a mistake, steps on paths, the exit status."""
 
 import json
-import logging
 import os
 import shlex
 import subprocess
@@ -14,7 +13,7 @@ from ffn.data.synth import write_ntu
 from ffn.errors import FFNError
 from pipeline import local
 from pipeline.cli import main
-from pipeline.local import Steps, Workspace, alone, last_line, workspace
+from pipeline.local import Workspace, alone, last_line, workspace
 from pipeline.local import run as run_here
 from pipeline.predict import load
 
@@ -178,16 +177,6 @@ def test_the_command_that_shows_the_runs_can_be_pasted(tmp_path: Path, monkeypat
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root = tmp_path / "my runs"
     assert shlex.split(workspace(root).ui())[-1] == f"sqlite:///{root}/mlflow.db"
-
-
-def test_what_kfp_warns_of_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = Steps(logs=tmp_path, cache=tmp_path, environment={})
-    said: list[str] = []
-    monkeypatch.setattr(steps, "say", lambda _, text: said.append(text))
-    for level in (logging.INFO, logging.WARNING, logging.ERROR):
-        assert not steps._heard(logging.LogRecord("kfp", level, "", 0, f"level {level}", None, None))
-    steps._heard(logging.LogRecord("kfp", logging.ERROR, "", 0, "Task 'train' finished with status FAILURE", None, None))
-    assert said == ["level 30", "level 40"]
 
 
 def test_one_of_several_champions_is_to_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
