@@ -1,86 +1,36 @@
 """Object storage: any store that speaks S3, through boto3. The only place that touches it; MLflow handles its artifacts itself.
 
 Keys, region and authority are the standard `AWS_*` variables, the endpoint is `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL` or
-`MLFLOW_S3_ENDPOINT_URL`; where one is given, addresses have the bucket in their path. A published file is an object under a
-name of its own and a pointer, `<uri>.json`, that names it with its SHA-256: what is pointed to is whole.
+`MLFLOW_S3_ENDPOINT_URL`; where one is given, addresses have the bucket in their path. A file is one object under its own name,
+which S3 replaces whole or not at all, whether it comes in one request or in parts. boto3 repeats what breaks, signs the SHA-256
+of every body, and downloads all parts of one version to a file that takes its name at the end.
 """
 
 import contextlib
-import functools
-import hashlib
-import json
 import os
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import boto3
-from boto3.s3.transfer import TransferConfig
+import botocore.exceptions as failed
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    FlexibleChecksumError,
-    HTTPClientError,
-    IncompleteReadError,
-    InvalidConfigError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    ReadTimeoutError,
-    ResponseStreamingError,
-    SSLError,
-)
-from s3transfer.exceptions import RetriesExceededError
+from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
 from components import say
-from ffn.data.store import publishing
+from ffn.config import digest
 from ffn.errors import Fault, FFNError
-
-T = TypeVar("T")
 
 SCHEME = "s3://"
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
-PART = 8 * 2**20
-"""Bytes of a part: what is larger goes in several, at once and each retried on its own."""
-AT_ONCE = 8
-"""Parts of a file, and files of a folder, on their way at once."""
-ATTEMPTS = 4
-"""How often a request is made, and how often a whole transfer; pauses between them double."""
-PAUSE_SECONDS = 1.0
 UPLOAD_SECONDS = 30.0
 """A mirrored file is published at most this often, and at the end."""
-STALE_SECONDS = 3600.0
-"""An object of this age that no pointer names is what a kill left of an upload."""
 
-_CUT = (HTTPClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError, RetriesExceededError, FlexibleChecksumError)
-_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken", "InvalidToken", "403", "401"}
-_ABSENT = {"NoSuchKey", "404", "NotFound"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """What `s3://BUCKET/KEY` names."""
-
-    bucket: str
-    key: str
-    """An object's name, or the beginning of several; without a slash at its end."""
-
-    @classmethod
-    def parse(cls, uri: str) -> Self:
-        """Raises `FFNError` where `uri` names no bucket."""
-        bucket, _, key = uri.removeprefix(SCHEME).partition("/")
-        if not remote(uri) or not bucket:
-            raise FFNError(f"{uri}: expected {SCHEME}BUCKET/NAME")
-        return cls(bucket=bucket, key=key.strip("/"))
-
-    def __str__(self) -> str:
-        return f"{SCHEME}{self.bucket}/{self.key}"
+_NO_KEYS = (failed.NoCredentialsError, failed.PartialCredentialsError, failed.ProfileNotFound, failed.InvalidConfigError)
+_REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken", "InvalidToken", "403", "401"}
 
 
 def remote(path: str | Path) -> bool:
@@ -89,84 +39,60 @@ def remote(path: str | Path) -> bool:
 
 
 def publish(file: Path, uri: str) -> None:
-    """Publish `file` as `uri`: written under a new name, read back, then pointed to. What was there before is removed after.
+    """Make `file` the object `uri`. Raises `FFNError` where the store refuses or stays away: the object is whole, old or new."""
+    with _store(uri) as (client, bucket, key), create_transfer_manager(client, TransferConfig()) as manager:
+        manager.upload(str(file), bucket, key).result()
 
-    A reader sees the file before or this one, whole, whatever is cut off. A transfer that breaks is begun anew, with growing
-    pauses. Of two that publish at once the last to point wins. Raises `FFNError` where the store refuses or stays away.
+
+def fetch(uri: str, target: Path) -> bool:
+    """Make `target` a copy of the object `uri`, or a folder of all below it; False where there is none.
+
+    Raises `FFNError` where the store refuses or stays away; a file is there whole or not at all.
     """
-    place, client = Place.parse(uri), _client()
-    with _clear(place):
-        _persist(lambda: _publish(client, place, file))
-
-
-def fetch(uri: str, file: Path) -> bool:
-    """Write what was published as `uri` to `file`, whole or not at all; False where nothing was.
-
-    Raises `FFNError` where the store refuses or stays away, and where the content is not what was published.
-    """
-    place, client = Place.parse(uri), _client()
-
-    def attempt() -> bool:
-        pointer = _pointer(client, place, looks=2)
-        if pointer is None:
-            return False
-        with publishing(file) as partial:
-            _download(client, place.bucket, pointer["object"], partial)
-            with partial.open("rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
-            if found != pointer["sha256"]:
-                raise _Damaged(f"{place.bucket}/{pointer['object']}: SHA-256 {found}, published as {pointer['sha256']}")
-        return True
-
-    with _clear(place):
-        return _persist(attempt, moved=True)
+    with _store(uri) as (client, bucket, key), create_transfer_manager(client, TransferConfig()) as manager:
+        coming = []
+        for name, found in _below(client, bucket, key).items():
+            if ".." in name.parts:
+                raise FFNError(f"{SCHEME}{bucket}/{found['Key']}: a name with '..' in it; rename the object")
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            coming.append(manager.download(bucket, found["Key"], str(target / name)))
+        for one in coming:
+            one.result()
+    return bool(coming)
 
 
 def version(uri: str) -> str:
     """Sixteen hex digits that name the state of the object `uri`, or of all below it, by names, sizes and entity tags.
 
-    Raises `FFNError` where there is none.
+    Raises `FFNError` where there is none, and where the store refuses or stays away.
     """
-    place = Place.parse(uri)
-    marks = hashlib.sha256(PurePosixPath(place.key).name.encode())
-    with _clear(place):
-        for name, found in sorted(_below(_client(), place).items()):
-            marks.update(f"{name}\0{found['Size']}\0{found['ETag']}\n".encode())
-    return marks.hexdigest()[:16]
+    with _store(uri) as (client, bucket, key):
+        found = [(str(name), item["Size"], item["ETag"]) for name, item in _below(client, bucket, key).items()]
+    if not found:
+        raise _absent(uri)
+    return digest(PurePosixPath(key).name, sorted(found))
 
 
 def reach(uri: str) -> None:
     """Raises `FFNError` where the store refuses or stays away."""
-    place = Place.parse(uri)
-    with _clear(place):
-        _client().list_objects_v2(Bucket=place.bucket, Prefix=place.key, MaxKeys=1)
+    with _store(uri) as (client, bucket, key):
+        client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
 
 
 @contextlib.contextmanager
 def at_hand(source: str | Path) -> Iterator[Path]:
     """Yield `source` if it is a path, else a copy of that object, or of all below it, which is removed after the block.
 
-    Raises `FFNError` where there is none, and where the store refuses or stays away.
+    Raises `FFNError` where there is none, and where the store refuses or stays away; the block's own names the source.
     """
     if not remote(source):
         yield Path(source)
         return
-    place, client = Place.parse(str(source)), _client(checked=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        target = Path(scratch) / (PurePosixPath(place.key).name or place.bucket)
-        with _clear(place):
-            found = _below(client, place)
-
-            def download(name: str) -> None:
-                path = target / name if name else target
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _persist(lambda: _download(client, place.bucket, found[name]["Key"], path))
-                if path.stat().st_size != found[name]["Size"]:
-                    raise FFNError(f"s3://{place.bucket}/{found[name]['Key']}: changed while it was read; begin again")
-
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(download, found))
-        yield target
+    uri = str(source).rstrip("/")
+    with tempfile.TemporaryDirectory() as scratch, _named(copy := Path(scratch) / PurePosixPath(uri).name, uri):
+        if not fetch(uri, copy):
+            raise _absent(uri)
+        yield copy
 
 
 @contextlib.contextmanager
@@ -176,185 +102,100 @@ def mirrored(folder: str | Path, name: str) -> Iterator[tuple[Path, Callable[[],
     A `folder` in a store is fetched from at first and published to at most every `UPLOAD_SECONDS` and after the block, however
     that ends. Later trouble with the store is said and does not end the block: the file before stays published. No lock is
     held: two that mirror one file at once do not hinder one another, and the file is the last one's. Raises `FFNError` where
-    the store refuses or stays away at first.
+    the store refuses or stays away at first; the block's own names the object.
     """
     if not remote(folder):
         yield Path(folder), lambda: None
         return
     uri = f"{str(folder).rstrip('/')}/{name}"
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / name
+    with tempfile.TemporaryDirectory() as scratch, _named(file := Path(scratch) / name, uri):
         file.parent.mkdir(parents=True, exist_ok=True)
         if fetch(uri, file):
             say(f"fetched {uri}")
-        published, state = time.monotonic(), _state(file)
+        kept, tried = _written(file), time.monotonic()
 
-        def keep(*, now: bool = False) -> None:
-            nonlocal published, state
-            if _state(file) == state or (not now and time.monotonic() - published < UPLOAD_SECONDS):
+        def keep(*, last: bool = False) -> None:
+            nonlocal kept, tried
+            now = _written(file)
+            if now == kept or (time.monotonic() - tried < UPLOAD_SECONDS and not last):
                 return
-            seen = _state(file)
+            tried = time.monotonic()
             try:
                 publish(file, uri)
+                kept = now
             except FFNError as error:
                 say(f"not published: {error}")
-            else:
-                published, state = time.monotonic(), seen
 
         try:
             yield Path(scratch), keep
         finally:
-            keep(now=True)
+            keep(last=True)
 
 
-class _Damaged(Exception):
-    """What came back is not what was sent."""
+def _written(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
-def _client(*, checked: bool = False) -> Any:
-    """`checked` asks the store for checksums of its own: what is published has one already."""
-    given = {name: value for name, value in os.environ.items() if name.startswith("AWS_") or name in ENDPOINTS}
-    return _client_of(tuple(sorted(given.items())), checked)
-
-
-@functools.lru_cache
-def _client_of(environment: tuple[tuple[str, str], ...], checked: bool) -> Any:
-    session = boto3.Session()
-    endpoint = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), None)
-    return session.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name=session.region_name or "us-east-1",
-        config=Config(
-            connect_timeout=10,
-            read_timeout=60,
-            max_pool_connections=AT_ONCE * AT_ONCE,
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-            # Else uploads over TLS are chunked without a length, which many stores refuse.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_supported" if checked else "when_required",
-            s3={"addressing_style": "path" if endpoint else "auto"},
-        ),
-    )
-
-
-def _publish(client: Any, place: Place, file: Path) -> None:
-    before = _pointer(client, place)
-    name = f"{place.key}.{uuid.uuid4().hex}"
-    with file.open("rb") as content:
-        said = {"object": name, "size": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
-        content.seek(0)
-        client.upload_fileobj(content, place.bucket, name, Config=_transfer())
-    arrived = hashlib.sha256()
-    for block in client.get_object(Bucket=place.bucket, Key=name)["Body"].iter_chunks(2**20):
-        arrived.update(block)
-    if arrived.hexdigest() != said["sha256"]:
-        client.delete_object(Bucket=place.bucket, Key=name)
-        raise _Damaged(f"{place.bucket}/{name}: SHA-256 {arrived.hexdigest()} came back, {said['sha256']} was sent")
-    client.put_object(Bucket=place.bucket, Key=f"{place.key}.json", Body=json.dumps(said).encode(), ContentType="application/json")
-    # A pointer never goes back to an object, so whatever another writer points to meanwhile is not among these.
-    others = {found["Key"]: found["LastModified"] for found in _listed(client, place.bucket, f"{place.key}.")}
-    now = others.get(name)
-    for other, modified in others.items():
-        left = now and len(other) == len(name) and other != name and (now - modified).total_seconds() > STALE_SECONDS
-        if left or (before and other == before["object"]):
-            client.delete_object(Bucket=place.bucket, Key=other)
-
-
-def _pointer(client: Any, place: Place, *, looks: int = 1) -> dict[str, Any] | None:
-    """The pointer; None where `looks` find none: stores over plain files (rclone) lose it for a moment while it is written anew."""
-    try:
-        text = client.get_object(Bucket=place.bucket, Key=f"{place.key}.json")["Body"].read()
-        said = json.loads(text)
-        return {name: said[name] for name in ("object", "size", "sha256")}
-    except ClientError as error:
-        if error.response["Error"]["Code"] not in _ABSENT:
-            raise
-        if looks == 1:
-            return None
-    except (ValueError, KeyError, TypeError):
-        if looks == 1:
-            raise FFNError(f"{place}.json: not a pointer to a published file; remove it, or name another folder") from None
-    time.sleep(PAUSE_SECONDS / 4)
-    return _pointer(client, place, looks=looks - 1)
-
-
-def _download(client: Any, bucket: str, key: str, file: Path) -> None:
-    with file.open("wb") as target:
-        client.download_fileobj(bucket, key, target, Config=_transfer())
-
-
-def _transfer() -> TransferConfig:
-    return TransferConfig(
-        multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=AT_ONCE, num_download_attempts=ATTEMPTS
-    )
-
-
-def _listed(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        yield from page.get("Contents", [])
-
-
-def _below(client: Any, place: Place) -> dict[str, dict[str, Any]]:
-    """Name below `place` -> object; the name of an object at `place` itself is empty. Raises `FFNError` where there is none."""
-    found = {}
-    for item in _listed(client, place.bucket, place.key):
-        name = item["Key"].removeprefix(place.key)
-        if item["Key"].endswith("/") or (place.key and name and not name.startswith("/")):
-            continue  # a folder's marker; another name that begins alike
-        if ".." in PurePosixPath(name).parts:
-            raise FFNError(f"s3://{place.bucket}/{item['Key']}: a name with '..' in it; rename the object")
-        found[name.lstrip("/")] = item
-    if not found:
-        raise FFNError(f"{place}: no such object, and none below it; look at the names with `aws s3 ls {place}`")
-    return {"": found[""]} if "" in found else found
-
-
-def _state(file: Path) -> tuple[int, int] | None:
-    return (file.stat().st_mtime_ns, file.stat().st_ino) if file.exists() else None
-
-
-def _persist(transfer: Callable[[], T], *, moved: bool = False) -> T:
-    """`transfer()`, begun anew where it was cut off or damaged, the store was unwell, or (`moved`) its object went meanwhile."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return transfer()
-        except (*_CUT, _Damaged):
-            if attempt == ATTEMPTS:
-                raise
-        except ClientError as error:
-            unwell = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500
-            gone = moved and error.response["Error"]["Code"] in _ABSENT
-            if attempt == ATTEMPTS or not (unwell or gone):
-                raise
-        time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
-    raise AssertionError
+def _absent(uri: str) -> FFNError:
+    return FFNError(f"{uri}: no such object, and none below it; look at the names with `aws s3 ls {uri}`")
 
 
 @contextlib.contextmanager
-def _clear(place: Place) -> Iterator[None]:
-    """What goes wrong inside the block as one `FFNError` that says what to do."""
-    where = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), "AWS S3 (no endpoint is set)")
+def _named(copy: Path, uri: str) -> Iterator[None]:
+    """What an `FFNError` of the block says of `copy` it says of `uri`."""
     try:
         yield
-    except (NoCredentialsError, PartialCredentialsError, ProfileNotFound, InvalidConfigError) as error:
-        raise FFNError(f"{place}: no keys ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
-    except ClientError as error:
-        code, said = error.response["Error"].get("Code", "?"), error.response["Error"].get("Message", "")
-        if code in _KEYS:
-            text = f"{where} refused the keys ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do"
-        elif code == "NoSuchBucket":
-            text = f"no bucket {place.bucket} at {where}; make it, or name another"
-        elif code in _ABSENT:
-            text = f"no such object at {where}"
-        else:
-            raise Fault(f"{place}: {where} answered {code} to {error.operation_name}: {said}") from None
-        raise FFNError(f"{place}: {text}") from None
-    except SSLError as error:
-        raise FFNError(f"{place}: {where} is not trusted ({error}); name its authority's file in AWS_CA_BUNDLE") from None
-    except _Damaged as error:
-        raise FFNError(f"{error}; wrong checksum, {ATTEMPTS} times: the store or the way to it damages data") from None
-    except FlexibleChecksumError as error:
-        raise FFNError(f"{place}: wrong checksum ({error}); the object is damaged, upload it again") from None
-    except (*_CUT, BotoCoreError) as error:
-        raise Fault(f"{place}: no connection with {where} ({error}); check AWS_ENDPOINT_URL and whether the store is up") from None
+    except FFNError as error:
+        raise type(error)(str(error).replace(str(copy), uri)) from None
+
+
+def _below(client: Any, bucket: str, key: str) -> dict[PurePosixPath, Any]:
+    """Name below `key` -> what the store says of the object; only the object `key` itself, named `.`, where there is one."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+    items = [item for item in pages.search("Contents[]") if item and not item["Key"].endswith("/")]  # which marks a folder
+    alone, folder = [item for item in items if item["Key"] == key], f"{key}/" if key else ""
+    found = alone or [item for item in items if item["Key"].startswith(folder)]
+    return {PurePosixPath(item["Key"]).relative_to(key): item for item in found}
+
+
+@contextlib.contextmanager
+def _store(uri: str) -> Iterator[tuple[Any, str, str]]:
+    """Yield a client, and the bucket and the key that `uri` names. What boto3 raises in the block is an `FFNError` after it."""
+    bucket, _, key = uri.removeprefix(SCHEME).partition("/")
+    if not remote(uri) or not bucket:
+        raise FFNError(f"{uri}: expected {SCHEME}BUCKET/NAME")
+    endpoint = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), None)
+    try:
+        yield _client(endpoint), bucket, key.strip("/")
+    except (failed.BotoCoreError, failed.ClientError, RetriesExceededError, S3DownloadFailedError, ValueError) as error:
+        raise _clear(error, uri, endpoint or "AWS S3 (no endpoint is set)") from None
+
+
+def _client(endpoint: str | None) -> Any:
+    # Else a body over TLS is chunked, without a length, its SHA-256 not signed, and a checksum follows it (botocore 1.44.5:
+    # httpchecksum.py:327, 458, auth.py:501), which many stores refuse, as rclone 1.75 does; and a part that comes back is compared
+    # with the checksum of the whole object where a store sends that along, as rclone 1.75 does.
+    plain = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+    addresses = {"addressing_style": "path" if endpoint else "auto"}
+    config = Config(connect_timeout=10, retries={"mode": "standard"}, s3=addresses, **plain)
+    session = boto3.Session()
+    return session.client("s3", endpoint_url=endpoint, region_name=session.region_name or "us-east-1", config=config)
+
+
+def _clear(error: Exception, uri: str, where: str) -> FFNError:
+    """`error` as one line that says what to do; a `Fault` where another attempt may mend it."""
+    said, keys = " ".join(str(error).split()), "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
+    if isinstance(error, failed.ClientError):
+        code = error.response["Error"].get("Code", "?")
+        if code in _REFUSED:
+            return FFNError(f"{uri}: {where} refused the keys ({code}); check {keys} and what they may do")
+        if code == "NoSuchBucket":
+            return FFNError(f"{uri}: no bucket {uri.split('/')[2]} at {where}; make it, or name another")
+        return Fault(f"{uri}: {where} answered: {said}")
+    if isinstance(error, _NO_KEYS):
+        return FFNError(f"{uri}: no keys ({said}); set {keys}")
+    if isinstance(error, failed.SSLError):
+        return FFNError(f"{uri}: {where} is not trusted ({said}); name its authority's file in AWS_CA_BUNDLE")
+    if isinstance(error, failed.ParamValidationError | ValueError):
+        return FFNError(f"{uri}: {said}; expected {SCHEME}BUCKET/NAME, and in AWS_ENDPOINT_URL an address as http://HOST:PORT")
+    return Fault(f"{uri}: no connection with {where} ({said}); check AWS_ENDPOINT_URL and whether the store is up")

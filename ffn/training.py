@@ -6,6 +6,7 @@ On several GPUs one process drives each, and all together one network (`ffn.para
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
@@ -301,28 +302,41 @@ def learning_rate(recipe: TrainingConfig, *, step: int, steps_per_epoch: int) ->
 
 
 def preserve(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]], team: Team) -> None:
-    """Write weights, momenta, history and the numbers of threads and processes to `path`, whole or not at all."""
+    """Write weights, momenta, history and the numbers of threads and processes to `path`, whole or not at all, under a seal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for name, parameter in network.named_parameters():
         tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+    tensors = _cpu(tensors)
     said = {"history": json.dumps(history), "threads": str(torch.get_num_threads()), "processes": str(team.size)}
     with publishing(path) as partial:
-        save_file(_cpu(tensors), partial, metadata=said)
+        save_file(tensors, partial, metadata={**said, "seal": seal(tensors, said)})
+
+
+def seal(tensors: dict[str, Tensor], said: dict[str, str]) -> str:
+    """SHA-256 of a state, tensors on the CPU and metadata: safetensors sees that a file was cut off, not that a bit has changed."""
+    found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].numpy().tobytes())
+    return found.hexdigest()
 
 
 def restore(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, team: Team) -> list[dict[str, Any]]:
     """Read what `preserve` wrote into `network` and `optimizer`; returns the history. Equal processes take as many threads."""
     try:
         with safe_open(path, framework="pt") as state:
-            said = state.metadata() or {}
-            history: list[dict[str, Any]] = json.loads(said["history"])
-            if int(said["processes"]) == team.size:
-                torch.set_num_threads(int(said["threads"]))  # sums are split by threads, and rounded so
-            network.load_state_dict({name: state.get_tensor(f"network.{name}") for name in network.state_dict()})
-            for name, parameter in network.named_parameters():
-                momentum = torch.empty_like(parameter, requires_grad=False).copy_(state.get_tensor(f"momentum.{name}"))
-                optimizer.state[parameter]["momentum_buffer"] = momentum
+            said = dict(state.metadata() or {})
+            tensors = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118
+        if said.pop("seal") != seal(tensors, said):
+            raise ValueError("damaged: it is not what was written")
+        history: list[dict[str, Any]] = json.loads(said["history"])
+        if int(said["processes"]) == team.size:
+            torch.set_num_threads(int(said["threads"]))  # sums are split by threads, and rounded so
+        network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()})
+        for name, parameter in network.named_parameters():
+            momentum = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"momentum.{name}"])
+            optimizer.state[parameter]["momentum_buffer"] = momentum
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise FFNError(f"{path}: cannot go on from this state ({error}); remove the file to train from the start") from None
     return history

@@ -23,10 +23,7 @@ def run(*, source: Path | str, source_version: str, space: str, data: Path, repo
     key = digest("ingest", source_version, space)
     with tracking.child(tracking.present(), key=key, name="ingest", kind="ingest") as track:
         with storage.at_hand(source) as files:
-            try:
-                kept = ingest(files, data, space=cast(Space, space))
-            except FFNError as error:  # it knows the copy only
-                raise FFNError(str(error).replace(str(files), str(source))) from None
+            kept = ingest(files, data, space=cast(Space, space))
         made = SkeletonSet.open(data)
         track.params({"source": str(source), "space": space, "digest": made.digest, "layout": made.layout.name})
         track.metrics({"samples": len(made), "dropped": len(kept.dropped), "seconds": kept.seconds})

@@ -183,9 +183,11 @@ def test_sigkill_in_mid_epoch_loses_nothing(toys, tmp_path):
 def test_broken_state_is_named(toys, tmp_path):
     run(toys, tmp_path)
     [state] = (tmp_path / "state").rglob("state.safetensors")
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(FFNError, match=r"state\.safetensors: cannot go on"):
-        run(toys, tmp_path)
+    whole = state.read_bytes()
+    for broken in (whole[:100], whole[:-100], whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b"threads", b"threats", 1)):
+        state.write_bytes(broken)
+        with pytest.raises(FFNError, match=r"state\.safetensors: cannot go on"):
+            run(toys, tmp_path)
 
 
 @pytest.mark.parametrize(
