@@ -4,6 +4,7 @@ import re
 
 from kfp import dsl, kubernetes
 
+from ffn.errors import FFNError
 from pipeline.settings import Settings
 
 ATTEMPTS = "FFN_ATTEMPTS"
@@ -52,6 +53,17 @@ def place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
         _resources(task, settings, step)
         _pod(task, settings, step)
     return task
+
+
+def unkept(settings: Settings) -> str:
+    """Why the states of trainings would not outlive their pods, and what would keep them; empty where they are kept."""
+    if not settings.checkpoints.startswith(("s3://", "/")):
+        return "expected s3://BUCKET/PREFIX, or the folder of a volume (k8s/components/volume) that FFN_CHECKPOINTS_CLAIM names"
+    if settings.checkpoints.startswith("/") and not settings.checkpoints_claim:
+        return (
+            "a folder of the pod itself, and gone with it; name its volume in FFN_CHECKPOINTS_CLAIM, or expected s3://BUCKET/PREFIX"
+        )
+    return ""
 
 
 def threads(cpu: str) -> int:
@@ -105,8 +117,11 @@ def _pod(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
     kubernetes.set_security_context(task, run_as_user=IDENTITY, run_as_group=IDENTITY, run_as_non_root=True)
     if settings.pull_secret:
         kubernetes.set_image_pull_secrets(task, [settings.pull_secret])
-    if step == "train" and settings.checkpoints_claim and not settings.checkpoints.startswith("s3://"):
-        kubernetes.mount_pvc(task, settings.checkpoints_claim, settings.checkpoints)
+    if step == "train":
+        if trouble := unkept(settings):
+            raise FFNError(f"FFN_CHECKPOINTS={settings.checkpoints!r}: {trouble}")
+        if settings.states_claim:
+            kubernetes.mount_pvc(task, settings.states_claim, settings.checkpoints)
     if step == "ingest" and settings.data_claim:
         kubernetes.mount_pvc(task, settings.data_claim, settings.data)
     for secret, keys in ((settings.mlflow_secret, MLFLOW_KEYS), (settings.s3_secret, S3_KEYS)):
