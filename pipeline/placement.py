@@ -66,6 +66,19 @@ def unkept(settings: Settings) -> str:
     return ""
 
 
+def lifetime() -> dsl.PipelineConfig:
+    """How long Argo keeps a run that has ended, with its pods and their logs: for this pipeline alone.
+
+    Both are said, because KFP's own `ttlStrategy` has both (an hour each), and Argo merges what a workflow leaves out. A day is the
+    most there is: then KFP deletes what it has written down. A cancelled run is a failed one here.
+
+    Source: KFP 2.17.0: buildTTLStrategy, backend/src/v2/compiler/argocompiler/argo.go:262,
+    manifests/kustomize/third-party/argo/base/workflow-controller-configmap-patch.yaml:52, TTL_SECONDS_AFTER_WORKFLOW_FINISH of
+    base/pipeline/ml-pipeline-persistenceagent-deployment.yaml:71; Argo 4.0.5: ttl, workflow/gccontroller/gc_controller.go:262.
+    """
+    return dsl.PipelineConfig(ttl_seconds_after_success=HOUR, ttl_seconds_after_failure=24 * HOUR)
+
+
 def threads(cpu: str) -> int:
     """How many threads a CPU limit has room for: `8` -> 8, `2500m` -> 2, `500m` -> 1."""
     return max(1, int(amount(cpu)))

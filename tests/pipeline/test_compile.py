@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
+from kfp import compiler, dsl
 
+from components import wiring
 from ffn.config import STREAMS
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS
 from pipeline.cli import main
-from pipeline.placement import threads
+from pipeline.placement import lifetime, place, threads
 from pipeline.settings import Settings, Toleration
 from pipeline.submit import load
 
@@ -197,6 +199,18 @@ def test_states_that_would_not_be_kept_are_refused(
     assert main(["cluster", "compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "pipeline.yaml").exists()
+
+
+def test_what_argo_keeps_of_a_run_is_said_by_the_pipeline(tmp_path: Path) -> None:
+    @dsl.pipeline(pipeline_config=lifetime())
+    def pipeline() -> None:
+        place(wiring.ingest(source="s", source_version="", space="3d"), Settings(image=IMAGE))
+
+    compiler.Compiler().compile(pipeline, str(tmp_path / "pipeline.yaml"))
+    _, platform = yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text())
+    # Both: Argo takes what is left out from KFP's defaults, which would go before one for either end.
+    kept = platform["platforms"]["kubernetes"]["pipelineConfig"]
+    assert kept == {"resourceTtlOnSuccess": 3600, "resourceTtlOnFailure": 86400}
 
 
 def test_promotion_may_be_left_to_a_person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
