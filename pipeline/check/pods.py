@@ -45,7 +45,10 @@ def _reason(message: str) -> str:
 def refusal_remedy(message: str, namespace: str) -> str:
     """What to do about an admission's refusal."""
     remedies = (
-        ("violates PodSecurity", f"kubectl label namespace {namespace} --overwrite pod-security.kubernetes.io/enforce=baseline"),
+        (
+            "violates PodSecurity",
+            f"ask its owner: kubectl label namespace {namespace} --overwrite pod-security.kubernetes.io/enforce=baseline",
+        ),
         ("exceeded quota", f"kubectl -n {namespace} get resourcequota; raise it, or ask for less (FFN_CPU, FFN_MEMORY, FFN_GPUS)"),
         # A quota on limits wants one of every container, and Argo's have none.
         ("must specify", f"make a LimitRange in {namespace} with defaults: Argo's containers ask for nothing"),
