@@ -4,6 +4,7 @@ import re
 
 from kfp import dsl, kubernetes
 
+from ffn.errors import FFNError
 from pipeline.settings import Settings
 
 ATTEMPTS = "FFN_ATTEMPTS"
@@ -52,6 +53,30 @@ def place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
         _resources(task, settings, step)
         _pod(task, settings, step)
     return task
+
+
+def unkept(settings: Settings) -> str:
+    """Why the states of trainings would not outlive their pods, and what would keep them; empty where they are kept."""
+    if not settings.checkpoints.startswith(("s3://", "/")):
+        return "expected s3://BUCKET/PREFIX, or the folder of a volume (k8s/components/volume) that FFN_CHECKPOINTS_CLAIM names"
+    if settings.checkpoints.startswith("/") and not settings.checkpoints_claim:
+        return (
+            "a folder of the pod itself, and gone with it; name its volume in FFN_CHECKPOINTS_CLAIM, or expected s3://BUCKET/PREFIX"
+        )
+    return ""
+
+
+def lifetime() -> dsl.PipelineConfig:
+    """How long Argo keeps a run that has ended, with its pods and their logs: for this pipeline alone.
+
+    Both are said, because KFP's own `ttlStrategy` has both (an hour each), and Argo merges what a workflow leaves out. A day is the
+    most there is: then KFP deletes what it has written down. A cancelled run is a failed one here.
+
+    Source: KFP 2.17.0: buildTTLStrategy, backend/src/v2/compiler/argocompiler/argo.go:262,
+    manifests/kustomize/third-party/argo/base/workflow-controller-configmap-patch.yaml:52, TTL_SECONDS_AFTER_WORKFLOW_FINISH of
+    base/pipeline/ml-pipeline-persistenceagent-deployment.yaml:71; Argo 4.0.5: ttl, workflow/gccontroller/gc_controller.go:262.
+    """
+    return dsl.PipelineConfig(ttl_seconds_after_success=HOUR, ttl_seconds_after_failure=24 * HOUR)
 
 
 def threads(cpu: str) -> int:
@@ -105,8 +130,11 @@ def _pod(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
     kubernetes.set_security_context(task, run_as_user=IDENTITY, run_as_group=IDENTITY, run_as_non_root=True)
     if settings.pull_secret:
         kubernetes.set_image_pull_secrets(task, [settings.pull_secret])
-    if step == "train" and settings.checkpoints_claim and not settings.checkpoints.startswith("s3://"):
-        kubernetes.mount_pvc(task, settings.checkpoints_claim, settings.checkpoints)
+    if step == "train":
+        if trouble := unkept(settings):
+            raise FFNError(f"FFN_CHECKPOINTS={settings.checkpoints!r}: {trouble}")
+        if settings.states_claim:
+            kubernetes.mount_pvc(task, settings.states_claim, settings.checkpoints)
     if step == "ingest" and settings.data_claim:
         kubernetes.mount_pvc(task, settings.data_claim, settings.data)
     for secret, keys in ((settings.mlflow_secret, MLFLOW_KEYS), (settings.s3_secret, S3_KEYS)):

@@ -27,7 +27,13 @@ PLACE_SECONDS = 20
 POLL_SECONDS = 1.0
 
 WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
-"""Argo puts it on every pod of a run; the network policies select steps by it."""
+"""Argo puts it on every pod of a run; the network policies select steps by it and by our own."""
+
+WITHOUT_SIDECAR = {"sidecar.istio.io/inject": "false"}
+"""KFP keeps Istio out of its pods: in a profile its sidecar would go on after they end.
+
+Source: backend/src/apiserver/template/v2_template.go:410 of KFP 2.17.0.
+"""
 
 EXECUTOR_IMAGE = "quay.io/argoproj/argoexec:v4.0.5"
 LAUNCHER_IMAGE = "ghcr.io/kubeflow/kfp-launcher:2.17.0"
@@ -106,8 +112,7 @@ def probe(settings: Settings, *, name: str, account: str, rights: Sequence[Json]
 
 def _states(settings: Settings) -> dict[str, str]:
     """Folder -> claim of the states of epochs."""
-    mounted = settings.checkpoints_claim and not settings.checkpoints.startswith("s3://")
-    return {settings.checkpoints: settings.checkpoints_claim} if mounted else {}
+    return {settings.checkpoints: settings.states_claim} if settings.states_claim else {}
 
 
 def _recordings(settings: Settings) -> dict[str, str]:
@@ -153,7 +158,8 @@ def _pod(settings: Settings, *, name: str, account: str, resources: Json, claims
     if settings.pull_secret:
         spec["imagePullSecrets"] = [{"name": settings.pull_secret}]
     labels = {WORKFLOW_LABEL: name, "app.kubernetes.io/part-of": "ffn", "app.kubernetes.io/component": "check"}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}, "spec": spec}
+    metadata = {"name": name, "labels": labels, "annotations": WITHOUT_SIDECAR}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 
 def _heavy(made: Json, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Serving a champion on Kubernetes: what runs beside MLflow's own server in k8s/components/serving and kserve.
+"""Serving a champion on Kubernetes: what runs beside MLflow's own server in k8s/components/serving.
 
 `follow` compares the alias `champion` with the version that is served and asks the cluster for the champion where they
 differ; `probe` asks the server for a real prediction. Both run often, so they load the standard library and nothing else.
@@ -28,22 +28,17 @@ TIMEOUT = 30.0
 def follow(model: str, target: str) -> str:
     """Have `target` serve the champion of `model`; returns what happened.
 
-    `target` is the path of a Deployment or an InferenceService in the Kubernetes API. Done twice it is done once. Raises
+    `target` is the path of a Deployment in the Kubernetes API. Done twice it is done once. Raises
     `FFNError` where MLflow or the cluster refuse or do not answer; what is served then stays.
     """
     wanted = champion(model)
     if not wanted:
         return f"{model}: no champion yet; `ffn model promote {model}` makes one"
-    where = ("spec", "predictor") if "/inferenceservices/" in target else ("spec", "template", "metadata")
-    served: Any = _cluster("GET", target)
-    for part in (*where, "annotations", ANNOTATION):
-        served = (served or {}).get(part)
+    template = (_cluster("GET", target).get("spec") or {}).get("template") or {}
+    served = ((template.get("metadata") or {}).get("annotations") or {}).get(ANNOTATION)
     if served == wanted:
         return f"{model}: version {wanted} is served"
-    patch: Any = {"annotations": {ANNOTATION: wanted}}
-    for part in reversed(where):
-        patch = {part: patch}
-    _cluster("PATCH", target, patch)
+    _cluster("PATCH", target, {"spec": {"template": {"metadata": {"annotations": {ANNOTATION: wanted}}}}})
     return f"{model}: version {wanted} takes the place of {served or 'nothing'}"
 
 

@@ -53,10 +53,10 @@ class Settings:
     """Image of the steps; by digest on a cluster, because KFP's cache does not see what a tag resolves to."""
     pull_secret: str = ""
     """Kubernetes Secret to pull the image with."""
-    checkpoints: str = "/mnt/checkpoints"
-    """Durable folder, or `s3://BUCKET/PREFIX`, for the state of every epoch."""
-    checkpoints_claim: str = "ffn-checkpoints"
-    """PersistentVolumeClaim (ReadWriteMany) mounted there while training; empty where the folder needs none, as s3:// does not."""
+    checkpoints: str = ""
+    """`s3://BUCKET/PREFIX` for the state of every epoch, or the folder where a volume is mounted; a cluster's have no default."""
+    checkpoints_claim: str = ""
+    """PersistentVolumeClaim (ReadWriteMany) mounted in that folder while training."""
     data: str = "/mnt/data"
     """Folder with recordings, read by ingest."""
     data_claim: str = ""
@@ -126,6 +126,11 @@ class Settings:
             if urlsplit(value).password:
                 raise FFNError(f"{name} holds a password, which a compiled pipeline would show; name a Secret in FFN_MLFLOW_SECRET")
         return cls(**given, environment=passed)  # type: ignore[arg-type]  # each made by its field's type above
+
+    @property
+    def states_claim(self) -> str:
+        """The claim that a training mounts; empty where states are in an object store."""
+        return "" if self.checkpoints.startswith("s3://") else self.checkpoints_claim
 
     @property
     def pinned(self) -> bool:

@@ -13,8 +13,10 @@ from pipeline.check.argo import CONFIG, artifact_secrets, executor, retry_policy
 from pipeline.check.finding import Finding, State, failed, not_seen, warning
 from pipeline.check.names import (
     account_there,
+    admitted_by_ours,
     authorities,
     claim,
+    home,
     kfp_version,
     kubernetes_version,
     named,
@@ -74,11 +76,12 @@ def examine(
         blocked |= finding.state is State.FAILED
         yield finding
     config, where, hidden = _argo(cluster, namespace)
+    yield from home(healthz, where, namespace)
     for name, keys in artifact_secrets(config).items():
         yield _look(cluster, f"{inside}/secrets/{name}", _secret_of(name, namespace, keys))
     nodes = _listed_or_none(cluster, "/api/v1/nodes")
     for finding, held in claims:
-        if held and finding.state is State.OK and held["metadata"]["name"] == settings.checkpoints_claim:
+        if held and finding.state is State.OK and held["metadata"]["name"] == settings.states_claim:
             yield from shared(held, namespace=namespace, nodes=None if nodes is None else sum(map(usable, nodes)))
     yield from named(settings)
     reviewed = _reviewed(cluster, account, namespace)
@@ -95,6 +98,7 @@ def examine(
 
     if space:
         yield security_level(space)
+        yield from admitted_by_ours(space, settings)
     tolerations = probe.tolerations(settings)
     for what, make in (("A training's pod", probe.train), ("A light step's pod", probe.ingest)):
         sent = make(settings, name=probe.name(), account=account, executor=executor(config))
@@ -181,8 +185,7 @@ def _secret_of(name: str, namespace: str, keys: Sequence[str]) -> Callable[[Json
 
 def _claims(cluster: Cluster, inside: str, settings: Settings, namespace: str) -> Iterator[tuple[Finding, Json | None]]:
     """The volume claims that settings name: that of the states, and that of the recordings."""
-    states = "" if settings.checkpoints.startswith("s3://") else settings.checkpoints_claim
-    for name, variable in ((states, "FFN_CHECKPOINTS_CLAIM"), (settings.data_claim, "FFN_DATA_CLAIM")):
+    for name, variable in ((settings.states_claim, "FFN_CHECKPOINTS_CLAIM"), (settings.data_claim, "FFN_DATA_CLAIM")):
         if not name:
             continue
         try:

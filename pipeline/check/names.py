@@ -1,7 +1,9 @@
 """What a run names: the parts that answer, its namespace and account, Secrets, ConfigMaps, volume claims."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
+from urllib.parse import urlsplit
 
 from pipeline import placement
 from pipeline.check.finding import Finding, amount, dots, failed, ok, version_of, warning
@@ -48,10 +50,35 @@ def namespace_there(found: Json | None, name: str) -> Finding:
     """Of the namespace where runs live."""
     what = f"Namespace {name}"
     if found is None:
-        return failed(what, "is not there", "kubectl apply -k k8s/runs, or name another in FFN_KFP_NAMESPACE")
+        return failed(what, "is not there", "install KFP or make the profile, or name another in FFN_KFP_NAMESPACE")
     if found.get("status", {}).get("phase") == "Terminating":
-        return failed(what, "is being deleted", "wait until it is gone, then kubectl apply -k k8s/runs")
+        return failed(what, "is being deleted", "wait until it is gone, then make it again")
     return ok(what)
+
+
+def home(healthz: Json, kfp: str | None, namespace: str) -> Iterator[Finding]:
+    """Whether runs go where we look: without profiles KFP keeps them in its own namespace, whatever it is asked.
+
+    Source: ReplaceNamespace, backend/src/apiserver/resource/resource_manager.go:2456 of KFP 2.17.0.
+    """
+    if healthz and not healthz.get("multi_user") and kfp and kfp != namespace:
+        yield failed(
+            "Kubeflow Pipelines",
+            f"has no profiles and keeps every run in {kfp}, none in {namespace}",
+            f"export FFN_KFP_NAMESPACE={kfp}",
+        )
+
+
+def admitted_by_ours(found: Json, settings: Settings) -> Iterator[Finding]:
+    """Of the namespace where runs live: whether our MLflow and S3 let its steps in."""
+    host = urlsplit(settings.environment.get("MLFLOW_TRACKING_URI", "")).hostname or ""
+    name, labels = found["metadata"]["name"], found["metadata"].get("labels") or {}
+    if re.search(r"\.ffn(\.svc(\..*)?)?$", host) and labels.get("ffn/runs") != "allowed":
+        yield warning(
+            f"Namespace {name}",
+            f"has no label ffn/runs=allowed: the network rules of {host} let none of its steps in",
+            f"kubectl label namespace {name} ffn/runs=allowed",
+        )
 
 
 def account_there(found: Json | None, name: str, namespace: str) -> Finding:
@@ -83,13 +110,8 @@ def named(settings: Settings) -> Iterator[Finding]:
         yield warning(
             "FFN_SHM", f"{settings.shm} counts as memory, of which a heavy step has {settings.memory}", "export FFN_SHM=8Gi"
         )
-    folder = not settings.checkpoints.startswith("s3://")
-    if folder and not settings.checkpoints_claim:
-        yield warning(
-            "FFN_CHECKPOINTS",
-            f"{settings.checkpoints} is a folder of the pod itself, and gone with it",
-            "export FFN_CHECKPOINTS_CLAIM=...",
-        )
+    if trouble := placement.unkept(settings):
+        yield failed("FFN_CHECKPOINTS", f"is {settings.checkpoints or 'not set'}", trouble)
 
 
 def secret(found: Json | None, *, name: str, namespace: str, keys: Sequence[str]) -> Finding:
@@ -136,7 +158,7 @@ def claim(found: Json | None, *, name: str, namespace: str, variable: str, bindi
     """Of a volume claim; `binding` is the volumeBindingMode of its class, empty where there is none."""
     what = f"PersistentVolumeClaim {name} in {namespace}"
     if found is None:
-        return failed(what, "is not there", f"make it (k8s/runs/checkpoints.yaml), or name another in {variable}")
+        return failed(what, "is not there", f"make it (k8s/components/volume), or name another in {variable}")
     phase, modes = found.get("status", {}).get("phase", ""), found.get("spec", {}).get("accessModes") or []
     if found["metadata"].get("deletionTimestamp"):
         return failed(what, "is being deleted", "wait until it is gone, then make it again")

@@ -45,7 +45,10 @@ def _reason(message: str) -> str:
 def refusal_remedy(message: str, namespace: str) -> str:
     """What to do about an admission's refusal."""
     remedies = (
-        ("violates PodSecurity", f"kubectl label namespace {namespace} --overwrite pod-security.kubernetes.io/enforce=baseline"),
+        (
+            "violates PodSecurity",
+            f"ask its owner: kubectl label namespace {namespace} --overwrite pod-security.kubernetes.io/enforce=baseline",
+        ),
         ("exceeded quota", f"kubectl -n {namespace} get resourcequota; raise it, or ask for less (FFN_CPU, FFN_MEMORY, FFN_GPUS)"),
         # A quota on limits wants one of every container, and Argo's have none.
         ("must specify", f"make a LimitRange in {namespace} with defaults: Argo's containers ask for nothing"),
@@ -123,7 +126,7 @@ IMAGE: Remedies = (
     (r"x509|certificate|server gave HTTP response", "the nodes' container runtime must trust the registry"),
 )
 NOT_STARTED: Remedies = (
-    ("[Ss]ecret", "make that Secret with that key: kubectl apply -k k8s/secrets"),
+    ("[Ss]ecret", "make that Secret with that key: k8s/secrets/steps"),
     ("[Cc]onfig[Mm]ap", "make that ConfigMap: FFN_CA names it"),
     ("runAsNonRoot|run as root", "set FFN_IMAGE to an image that does not run as root"),
     ("executable file not found|no such file", "set FFN_IMAGE to an image of ffn"),
@@ -155,7 +158,7 @@ def part_remedy(name: str, said: str, settings: Settings, namespace: str) -> str
     if name == "states" and not stored:
         return (
             f"hand the volume of {settings.checkpoints_claim} to group {placement.IDENTITY}: a pod with that fsGroup mounts it "
-            "once (k8s/runs/checkpoints.yaml); NFS is exported to that group"
+            "once (k8s/components/volume); NFS is exported to that group"
         )
     variable, names, account = {
         "MLflow": ("MLFLOW_TRACKING_URI", "FFN_MLFLOW_SECRET", settings.mlflow_secret),

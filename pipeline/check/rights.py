@@ -27,7 +27,6 @@ class Right:
 NEEDED = (
     Right(verb="create", resource="workflowtaskresults", group="argoproj.io"),
     Right(verb="patch", resource="workflowtaskresults", group="argoproj.io"),
-    Right(verb="get", resource="workflows", group="argoproj.io"),
     Right(verb="list", resource="workflows", group="argoproj.io"),
     Right(verb="get", resource="pods"),
     Right(verb="get", resource="configmaps", name="kfp-launcher"),
@@ -39,7 +38,12 @@ pod, where artifacts are kept, and the key to it.
 Source: manifests/quick-start/base/executor/emissary/executor-role.yaml of Argo 4.0.5; backend/src/v2 of KFP 2.17.0:
 driver/k8s.go:1198, component/launcher_v2.go:607, config/env.go:73, objectstore/object_store.go:391.
 """
-TOO_MUCH = (Right(verb="create", resource="pods"), Right(verb="get", resource="secrets"), Right(verb="list", resource="secrets"))
+TOO_MUCH = (
+    Right(verb="create", resource="pods"),
+    Right(verb="get", resource="secrets"),
+    Right(verb="list", resource="secrets"),
+    Right(verb="create", resource="workflows", group="argoproj.io"),
+)
 """What no step does, and who breaks into one would."""
 RIGHTS = NEEDED + TOO_MUCH
 

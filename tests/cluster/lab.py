@@ -21,6 +21,7 @@ T = TypeVar("T")
 NEEDED = {
     "FFN_CLUSTER_RECORDINGS": "a place in an object store for the tests' recordings, s3://BUCKET/PREFIX",
     "FFN_CLUSTER_S3_URL": "that store's address from here (its keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)",
+    "FFN_CHECKPOINTS": "where trainings keep their states, as pods reach it: s3://BUCKET/PREFIX, or a volume's folder",
     "FFN_IMAGE": "the image of the steps, by digest",
     "FFN_KFP_URL": "KFP's API",
     "FFN_KFP_UI": "KFP's pages",

@@ -3,6 +3,7 @@
 import functools
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,32 @@ def render(folder: Path) -> Objects:
     return list(yaml.load_all(done.stdout, Loader=yaml.CSafeLoader))
 
 
-@pytest.fixture(params=OVERLAYS)
+def overlay(name: str) -> Objects:
+    """The objects of that overlay."""
+    return render(K8S / "overlays" / name)
+
+
+@functools.cache
+def with_volume() -> Objects:
+    """The overlay `dev` with states of trainings on a volume."""
+    with tempfile.TemporaryDirectory() as folder:
+        edited = changed(Path(folder), "dev", "components:\n", "components:\n  - ../../components/volume\n")
+        return render(edited)
+
+
+def changed(folder: Path, name: str, old: str, new: str) -> Path:
+    """That overlay in a copy of all manifests, with its one `old` replaced."""
+    file = shutil.copytree(K8S, folder / "k8s") / "overlays" / name / "kustomization.yaml"
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
+    return file.parent
+
+
+@pytest.fixture(params=[*OVERLAYS, "volume"])
 def objects(request: pytest.FixtureRequest) -> Objects:
     """The objects of one overlay after the other."""
-    return render(K8S / "overlays" / request.param)
+    return with_volume() if request.param == "volume" else overlay(request.param)
 
 
 def named(objects: Objects, kind: str, name: str) -> dict[str, Any]:
@@ -45,8 +68,6 @@ def pod(item: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
     spec = item.get("spec", {})
     if item["kind"] == "CronJob":
         spec = spec["jobTemplate"]["spec"]
-    if item["kind"] == "InferenceService":
-        return spec["predictor"]["labels"], spec["predictor"]
     if "template" not in spec:
         return None
     return spec["template"]["metadata"]["labels"], spec["template"]["spec"]

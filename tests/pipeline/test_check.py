@@ -32,8 +32,9 @@ Json = dict[str, Any]
 
 IMAGE = "registry.example/ffn@sha256:" + "0" * 64
 SETTINGS = Settings(
-    image=IMAGE, gpus=0, cpu="4", memory="8Gi", shm="1Gi", environment={"MLFLOW_TRACKING_URI": "http://mlflow.ffn:5000"}
-)
+    image=IMAGE, gpus=0, cpu="4", memory="8Gi", shm="1Gi", environment={"MLFLOW_TRACKING_URI": "http://mlflow.ffn:5000"},
+    checkpoints="/mnt/checkpoints", checkpoints_claim="ffn-checkpoints",
+)  # fmt: skip
 ROOT = Path(__file__).parents[2]
 
 
@@ -125,8 +126,41 @@ def test_what_settings_say_by_themselves() -> None:
         "warning FFN_LIGHT_MEMORY 1Gi is below the 2Gi that light steps do well with: export FFN_LIGHT_MEMORY=2Gi or more",
     ]
     assert [state(found) for found in names.named(replace(SETTINGS, shm="8Gi"))] == ["warning"]
-    assert [state(found) for found in names.named(replace(SETTINGS, checkpoints_claim=""))] == ["warning"]
     assert not list(names.named(replace(SETTINGS, checkpoints_claim="", checkpoints="s3://b/x")))
+
+
+def test_states_that_would_not_be_kept() -> None:
+    (gone,) = names.named(replace(SETTINGS, checkpoints_claim=""))
+    assert gone.line.startswith("FAILED  FFN_CHECKPOINTS is /mnt/checkpoints: a folder of the pod itself, and gone with it; name")
+    (unset,) = names.named(replace(SETTINGS, checkpoints="", checkpoints_claim=""))
+    assert unset.line.startswith("FAILED  FFN_CHECKPOINTS is not set: expected s3://BUCKET/PREFIX, or the folder of a volume")
+
+
+def test_where_runs_live() -> None:
+    assert not list(names.home({}, "kubeflow", "team-a"))  # KFP did not answer
+    assert not list(names.home({"multi_user": True}, "kubeflow", "team-a"))
+    assert not list(names.home({"multi_user": False}, "kubeflow", "kubeflow"))
+    (elsewhere,) = names.home({"multi_user": False}, "kubeflow", "team-a")
+    assert elsewhere.line == (
+        "FAILED  Kubeflow Pipelines has no profiles and keeps every run in kubeflow, none in team-a: "
+        "export FFN_KFP_NAMESPACE=kubeflow"
+    )
+
+
+@pytest.mark.parametrize(
+    ("uri", "labels", "told"),
+    [
+        ("http://mlflow.ffn:5000", {}, True),
+        ("http://mlflow.ffn.svc.cluster.local:5000", {"ffn/runs": "no"}, True),
+        ("http://mlflow.ffn:5000", {"ffn/runs": "allowed"}, False),
+        ("https://mlflow.example", {}, False),
+    ],
+)
+def test_whether_our_mlflow_lets_steps_in(uri: str, labels: dict[str, str], told: bool) -> None:
+    settings = replace(SETTINGS, environment={"MLFLOW_TRACKING_URI": uri})
+    found = [finding.line for finding in names.admitted_by_ours({"metadata": {"name": "x", "labels": labels}}, settings)]
+    assert bool(found) == told
+    assert not told or found[0].endswith(": kubectl label namespace x ffn/runs=allowed")
 
 
 # Claims
@@ -187,23 +221,21 @@ def test_rights() -> None:
     assert "may not list workflows" in lacking.line
     fine, more = rights(dict.fromkeys(RIGHTS, True), "pipeline-runner", "x")
     assert (state(fine), state(more)) == ("ok", "warning")
-    assert "may create pods, get secrets, list secrets" in more.line
+    assert "may create pods, get secrets, list secrets, create workflows of" in more.line
 
 
 def test_the_role_that_comes_along_gives_what_is_needed_and_no_more() -> None:
     (role,) = (item for item in yaml.safe_load_all((ROOT / "k8s/runs/account.yaml").read_text()) if item["kind"] == "Role")
-
-    def allows(right: Right) -> bool:
-        return any(
-            right.group in rule["apiGroups"]
-            and right.resource in rule["resources"]
-            and right.verb in rule["verbs"]
-            and ("resourceNames" not in rule or right.name in rule["resourceNames"])
-            for rule in role["rules"]
-        )
-
-    assert {right for right in RIGHTS if allows(right)} >= set(NEEDED)
-    assert not any(allows(right) for right in TOO_MUCH)
+    given = {
+        Right(verb=verb, resource=resource, group=group, name=name)
+        for rule in role["rules"]
+        for verb in rule["verbs"]
+        for resource in rule["resources"]
+        for group in rule["apiGroups"]
+        for name in rule.get("resourceNames", [""])
+    }
+    assert given == set(NEEDED)
+    assert not given & set(TOO_MUCH)
 
 
 # Quotas and limit ranges
@@ -477,6 +509,8 @@ def test_the_level_of_the_namespace() -> None:
 def compiled_train(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[Settings, Json, Json, Json]:
     """Settings, and what KFP was told of a training and of ingest: container and pod."""
     test_compile.set_up(monkeypatch)
+    monkeypatch.setenv("FFN_CHECKPOINTS", "/mnt/checkpoints")
+    monkeypatch.setenv("FFN_CHECKPOINTS_CLAIM", "ffn-checkpoints")
     out = folder / "pipeline.yaml"
     assert main(["cluster", "compile", "--protocols", "ntu60-xsub", "--out", str(out)]) == 0
     spec = test_compile.Spec(out)
@@ -533,6 +567,7 @@ def test_the_probe_mounts_every_volume_and_asks_for_little() -> None:
     assert "fsGroup" not in pod["spec"]["securityContext"]
     assert pod["spec"]["activeDeadlineSeconds"] <= 180
     assert pod["metadata"]["labels"]["workflows.argoproj.io/workflow"] == "ffn-check-1"
+    assert pod["metadata"]["annotations"] == {"sidecar.istio.io/inject": "false"}
     assert json.loads(container["command"][-1]) == [{"verb": "get"}]
     assert {"name": "FFN_CHECKPOINTS", "value": "/mnt/checkpoints"} in container["env"]
 
@@ -860,7 +895,7 @@ def test_who_may_see_nothing_is_told_which_rights_it_takes(api: FakeKubernetes, 
 
 def test_one_pod_is_made_and_deleted(api: FakeKubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     api.objects |= {
-        NAMESPACE: {"metadata": {"name": "x"}, "status": {"phase": "Active"}},
+        NAMESPACE: {"metadata": {"name": "x", "labels": {"ffn/runs": "allowed"}}, "status": {"phase": "Active"}},
         f"{NAMESPACE}/serviceaccounts/a": {"metadata": {"name": "a"}},
         f"{NAMESPACE}/persistentvolumeclaims/ffn-checkpoints": pvc("Bound", "ReadWriteMany"),
         f"{NAMESPACE}/resourcequotas": {"items": []},

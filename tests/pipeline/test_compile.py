@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
+from kfp import compiler, dsl
 
+from components import wiring
 from ffn.config import STREAMS
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS
 from pipeline.cli import main
-from pipeline.placement import threads
+from pipeline.placement import lifetime, place, threads
 from pipeline.settings import Settings, Toleration
 from pipeline.submit import load
 
@@ -24,6 +26,7 @@ ENVIRONMENT = {
     "FFN_IMAGE": IMAGE,
     "FFN_PULL_SECRET": "registry",
     "FFN_DATA_CLAIM": "recordings",
+    "FFN_CHECKPOINTS": "s3://ffn/states",
     "FFN_MLFLOW_SECRET": "ffn-mlflow",
     "FFN_S3_SECRET": "ffn-s3",
     "FFN_CA": "authorities",
@@ -157,7 +160,12 @@ def test_secrets_are_named_and_never_written(compiled: Path, spec: Spec) -> None
         }
 
 
-def test_states_and_recordings_are_volumes_where_they_are_used(spec: Spec) -> None:
+def test_states_and_recordings_are_volumes_where_they_are_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_up(monkeypatch)
+    monkeypatch.setenv("FFN_CHECKPOINTS", "/mnt/checkpoints")
+    monkeypatch.setenv("FFN_CHECKPOINTS_CLAIM", "ffn-checkpoints")
+    assert main(["cluster", "compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 0
+    spec = Spec(tmp_path / "pipeline.yaml")
     mounted = {
         (step, mount["mountPath"]) for step, executor, *_ in spec.tasks() for mount in spec.pods[executor].get("pvcMount", [])
     }
@@ -167,13 +175,42 @@ def test_states_and_recordings_are_volumes_where_they_are_used(spec: Spec) -> No
     assert given == {"/mnt/checkpoints"}
 
 
-def test_states_in_an_object_store_need_no_volume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_states_in_an_object_store_need_no_volume(spec: Spec) -> None:
+    trained = [(executor, task) for step, executor, *_, task in spec.tasks() if step == "train"]
+    assert not any("pvcMount" in spec.pods[executor] for executor, _ in trained)
+    given = {task["inputs"]["parameters"]["checkpoints"]["runtimeValue"]["constant"] for _, task in trained}
+    assert given == {"s3://ffn/states"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"FFN_CHECKPOINTS": ""}, "FFN_CHECKPOINTS='': expected s3://BUCKET/PREFIX, or the folder of a volume"),
+        ({"FFN_CHECKPOINTS": "gs://b/x"}, "FFN_CHECKPOINTS='gs://b/x': expected s3://"),
+        ({"FFN_CHECKPOINTS": "/mnt/x"}, "FFN_CHECKPOINTS='/mnt/x': a folder of the pod itself, and gone with it"),
+    ],
+)
+def test_states_that_would_not_be_kept_are_refused(
+    given: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     set_up(monkeypatch)
-    monkeypatch.setenv("FFN_CHECKPOINTS", "s3://states/ffn")
-    assert main(["cluster", "compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 0
-    spec = Spec(tmp_path / "pipeline.yaml")
-    assert not any("pvcMount" in spec.pods[executor] for step, executor, *_ in spec.tasks() if step == "train")
-    assert "s3://states/ffn" in (tmp_path / "pipeline.yaml").read_text()
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["cluster", "compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "pipeline.yaml").exists()
+
+
+def test_what_argo_keeps_of_a_run_is_said_by_the_pipeline(tmp_path: Path) -> None:
+    @dsl.pipeline(pipeline_config=lifetime())
+    def pipeline() -> None:
+        place(wiring.ingest(source="s", source_version="", space="3d"), Settings(image=IMAGE))
+
+    compiler.Compiler().compile(pipeline, str(tmp_path / "pipeline.yaml"))
+    _, platform = yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text())
+    # Both: Argo takes what is left out from KFP's defaults, which would go before one for either end.
+    kept = platform["platforms"]["kubernetes"]["pipelineConfig"]
+    assert kept == {"resourceTtlOnSuccess": 3600, "resourceTtlOnFailure": 86400}
 
 
 def test_promotion_may_be_left_to_a_person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

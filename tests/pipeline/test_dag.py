@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DIGEST = "registry.example/ffn-python@sha256:" + "0" * 64
+STATES = "s3://ffn/states"
 
 
 def compiled(path: Path, settings: Settings) -> dict[str, Any]:
@@ -29,7 +31,8 @@ def compiled(path: Path, settings: Settings) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return compiled(tmp_path_factory.mktemp("spec") / "pipeline.yaml", Settings(image=DIGEST, gpus=2, environment={"A": "b"}))
+    settings = Settings(image=DIGEST, checkpoints=STATES, gpus=2, environment={"A": "b"})
+    return compiled(tmp_path_factory.mktemp("spec") / "pipeline.yaml", settings)
 
 
 def tasks(spec: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -118,7 +121,7 @@ assert main(["cluster", "compile", "--out", {str(tmp_path / "pipeline.yaml")!r}]
 loaded = {{"torch", "mlflow", "pandas", "matplotlib"}} & set(sys.modules)
 assert not loaded, loaded
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "FFN_CHECKPOINTS": STATES})
     assert (tmp_path / "pipeline.yaml").is_file()
 
 
@@ -130,7 +133,9 @@ def test_imports_go_one_way() -> None:
 
 def test_a_comparison_trains_every_preset_and_seed_and_registers_nothing(tmp_path: Path) -> None:
     path = tmp_path / "pipeline.yaml"
-    pipeline = build(("ntu60-xsub", "ucla-xview"), ("j", "b"), Settings(), presets=("S0", "S0-2", "ST-GCN++"), seeds=(0, 2))
+    pipeline = build(
+        ("ntu60-xsub", "ucla-xview"), ("j", "b"), Settings(checkpoints=STATES), presets=("S0", "S0-2", "ST-GCN++"), seeds=(0, 2)
+    )
     compiler.Compiler().compile(pipeline, str(path))
     found = tasks(next(yaml.load_all(path.read_text(), Loader=yaml.CSafeLoader)))
     assert not {"register", "gate", "promote"} & set(found)

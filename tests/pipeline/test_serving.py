@@ -3,7 +3,7 @@
 import base64
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from pipeline import serving
 from pipeline.serving import ANNOTATION, follow, main, probe
 
 DEPLOYMENT = "/apis/apps/v1/namespaces/ffn/deployments/serving"
-INFERENCE = "/apis/serving.kserve.io/v1beta1/namespaces/ffn/inferenceservices/serving"
 
 SEARCH = "GET /api/2.0/mlflow/registered-models/search"
 
@@ -76,21 +75,16 @@ def deployment(version: str) -> Any:
     return {"spec": {"template": {"metadata": {"annotations": {ANNOTATION: version}}}}}
 
 
-def inference(version: str) -> Any:
-    return {"spec": {"predictor": {"annotations": {ANNOTATION: version}}}}
-
-
-@pytest.mark.parametrize(("target", "shape"), [(DEPLOYMENT, deployment), (INFERENCE, inference)])
-def test_the_champion_takes_the_place_of_what_is_served(server: Server, target: str, shape: Callable[[str], Any]) -> None:
-    server.answers[f"GET {target}"] = (200, shape("2"))
-    server.answers[f"PATCH {target}"] = (200, {})
-    assert follow("m", target) == "m: version 3 takes the place of 2"
+def test_the_champion_takes_the_place_of_what_is_served(server: Server) -> None:
+    server.answers[f"GET {DEPLOYMENT}"] = (200, deployment("2"))
+    server.answers[f"PATCH {DEPLOYMENT}"] = (200, {})
+    assert follow("m", DEPLOYMENT) == "m: version 3 takes the place of 2"
     search, read, patched = server.asked
     assert search[1].endswith("?filter=name+%3D+%27m%27")
     assert search[2]["Authorization"] == "Basic " + base64.b64encode(b"serving:of the pods").decode()
     assert read[2]["Authorization"] == patched[2]["Authorization"] == "Bearer of the pod"
     assert patched[2]["Content-Type"] == "application/merge-patch+json"
-    assert patched[3] == shape("3")
+    assert patched[3] == deployment("3")
 
 
 def test_what_is_served_already_is_left_alone(server: Server) -> None:
