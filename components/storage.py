@@ -10,7 +10,8 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +27,8 @@ from ffn.errors import Fault, FFNError
 
 SCHEME = "s3://"
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
+PART, AT_ONCE = 8 * 2**20, 8
+"""Bytes of one request for a piece of an object, and how many are on their way at once."""
 UPLOAD_SECONDS = 30.0
 """A mirrored file is published at most this often, and at the end."""
 
@@ -71,6 +74,41 @@ def version(uri: str) -> str:
     if not found:
         raise _absent(uri)
     return digest(PurePosixPath(key).name, sorted(found))
+
+
+def mark(uri: str) -> tuple[int, str] | None:
+    """Size in bytes and entity tag of the object `uri`; None where there is none.
+
+    Raises `FFNError` where the store refuses or stays away.
+    """
+    with _store(uri) as (client, bucket, key):
+        try:
+            found = client.head_object(Bucket=bucket, Key=key)
+        except failed.ClientError as error:
+            if error.response["Error"].get("Code") in ("404", "NoSuchKey"):
+                return None
+            raise
+    return found["ContentLength"], found["ETag"]
+
+
+def read(uri: str, pieces: Iterable[tuple[int, int]], file: Path, *, tag: str) -> None:
+    """Copy the bytes of the object `uri` from and up to each of `pieces` to the same places of `file`.
+
+    Raises `FFNError` where the store refuses or stays away, and where the object is not the one with the entity tag `tag`.
+    """
+    with _store(uri) as (client, bucket, key), ThreadPoolExecutor(AT_ONCE) as pool:
+
+        def copy(begin: int, end: int) -> None:
+            answer = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={begin}-{end - 1}")
+            if answer["ETag"] != tag:
+                raise FFNError(f"{uri}: changed since it was written; `ffn cluster submit --retry` begins a run that reads it anew")
+            with file.open("r+b") as target:
+                target.seek(begin)
+                target.write(answer["Body"].read())
+
+        parts = [(at, min(at + PART, end)) for begin, end in pieces for at in range(begin, end, PART)]
+        for done in [pool.submit(copy, *part) for part in parts]:
+            done.result()
 
 
 def reach(uri: str) -> None:

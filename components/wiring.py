@@ -36,7 +36,9 @@ def begin(
 
 
 @component
-def ingest(source: str, source_version: str, space: str, data: dsl.Output[dsl.Dataset], report: dsl.Output[dsl.Markdown]) -> None:
+def ingest(
+    source: str, source_version: str, space: str, store: str, data: dsl.Output[dsl.Dataset], report: dsl.Output[dsl.Markdown]
+) -> None:
     """Raw recordings to one skeleton set."""
     from components.attempts import attempt
 
@@ -70,6 +72,7 @@ def evaluate(
     stream: str,
     seed: int,
     parent: str,
+    store: str,
     scores: dsl.Output[dsl.Artifact],
 ) -> None:
     """Scores of the held-out samples."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from ffn.errors import FFNError
@@ -261,6 +262,19 @@ def digest(*parts: Any) -> str:
     """Sixteen hex digits that name `parts` (JSON types): equal parts, equal digest."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code(*rooms: str) -> str:
+    """Sixteen hex digits that name the code of ffn, or of its `rooms` (files and folders) alone: what was made by it may be reused
+    by code of the same digits."""
+    root = Path(__file__).parent
+    chosen = [root / room for room in rooms] or [root]
+    files = {file for path in chosen for file in ([path] if path.is_file() else path.rglob("*")) if _is_code(file)}
+    return digest([(str(file.relative_to(root)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in sorted(files)])
+
+
+def _is_code(file: Path) -> bool:
+    return file.suffix == ".py" or file.parent.name == "resources"
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

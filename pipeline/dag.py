@@ -63,7 +63,9 @@ def build(
             )  # fmt: skip
             place(begun, settings)
             run = begun.outputs["parent"]
-            ingested = wiring.ingest(source=source, source_version=begun.outputs["source_version"], space=space)
+            ingested = wiring.ingest(
+                source=source, source_version=begun.outputs["source_version"], space=space, store=settings.store
+            )
             place(ingested, settings)
             for (protocol, preset, seed), box in boxes.items():
                 did = box(data=ingested.outputs["data"], overrides=overrides, parent=run)
@@ -96,7 +98,9 @@ def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: s
             list(streams), name=f"streams {' '.join(streams)}", parallelism=settings.parallelism or None
         ) as stream:
             trained = wiring.train(data=data, stream=stream, overrides=overrides, checkpoints=settings.checkpoints, **of)
-            evaluated = wiring.evaluate(data=data, checkpoint=trained.outputs["checkpoint"], stream=stream, **of)
+            evaluated = wiring.evaluate(
+                data=data, checkpoint=trained.outputs["checkpoint"], stream=stream, store=settings.store, **of
+            )
         fused = wiring.fuse(scores=dsl.Collected(evaluated.outputs["scores"]), **of)
         for task in (trained, evaluated, fused):
             place(task, settings)

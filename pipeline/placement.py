@@ -10,11 +10,12 @@ from pipeline.settings import Settings
 ATTEMPTS = "FFN_ATTEMPTS"
 """Variable with the attempts of a step within its pod: components/attempts.py."""
 
-CACHED = frozenset({"ingest", "evaluate"})
-"""Steps whose output a cluster may reuse: the others open runs, resume from a state, or read and change the registry."""
+CACHED = frozenset({"ingest", "train", "evaluate", "fuse"})
+"""Steps that kfp's cache may answer on one machine, which looks whether the files are still there; a cluster's does not: there the
+steps find in the durable store what they made. The parent run's id is part of every key but ingestion's."""
 
-CACHED_LOCALLY = CACHED | {"train", "fuse"}
-"""Reused on one machine too. The parent run's id is part of every key but ingestion's, so a new MLflow store finds no training."""
+STORES = frozenset({"ingest", "train", "evaluate", "register", "gate"})
+"""Steps that read or write the durable store."""
 
 HEAVY = frozenset({"train", "evaluate"})
 THREADS = "OMP_NUM_THREADS"
@@ -47,7 +48,7 @@ def place(task: dsl.PipelineTask, settings: Settings) -> dsl.PipelineTask:
     task.set_container_image(settings.image)
     for name, value in settings.environment.items():
         task.set_env_variable(name, value)
-    task.set_caching_options(step in (CACHED_LOCALLY if settings.local else CACHED))
+    task.set_caching_options(settings.local and step in CACHED)
     if not settings.local:
         task.set_env_variable("FFN_IMAGE", settings.image)  # what a run says it was made by
         _resources(task, settings, step)
@@ -130,11 +131,10 @@ def _pod(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
     kubernetes.set_security_context(task, run_as_user=IDENTITY, run_as_group=IDENTITY, run_as_non_root=True)
     if settings.pull_secret:
         kubernetes.set_image_pull_secrets(task, [settings.pull_secret])
-    if step == "train":
-        if trouble := unkept(settings):
-            raise FFNError(f"FFN_CHECKPOINTS={settings.checkpoints!r}: {trouble}")
-        if settings.states_claim:
-            kubernetes.mount_pvc(task, settings.states_claim, settings.checkpoints)
+    if step == "train" and (trouble := unkept(settings)):
+        raise FFNError(f"FFN_CHECKPOINTS={settings.checkpoints!r}: {trouble}")
+    if step in STORES and settings.states_claim:
+        kubernetes.mount_pvc(task, settings.states_claim, settings.checkpoints)
     if step == "ingest" and settings.data_claim:
         kubernetes.mount_pvc(task, settings.data_claim, settings.data)
     for secret, keys in ((settings.mlflow_secret, MLFLOW_KEYS), (settings.s3_secret, S3_KEYS)):

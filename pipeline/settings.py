@@ -129,8 +129,13 @@ class Settings:
 
     @property
     def states_claim(self) -> str:
-        """The claim that a training mounts; empty where states are in an object store."""
+        """The claim of the durable store; empty where that is an object store."""
         return "" if self.checkpoints.startswith("s3://") else self.checkpoints_claim
+
+    @property
+    def store(self) -> str:
+        """Where steps keep what other runs may use again; nowhere on one machine, whose kfp finds it."""
+        return "" if self.local else self.checkpoints
 
     @property
     def pinned(self) -> bool:

@@ -1,6 +1,5 @@
 """Train: one stream of one protocol, resumed where an earlier attempt stopped."""
 
-import functools
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from components import say, step, storage, tracking
+from components import say, skeletons, step, storage, tracking
 from ffn import config as configuration
 from ffn.checkpoint import read_history, read_meta
 from ffn.data.store import SkeletonSet
@@ -42,20 +41,18 @@ def run(
 
     Returns what names the checkpoint: preset, protocol, stream, seed.
     """
-    skeletons = SkeletonSet.open(data)
     config = configuration.recipe(preset, overrides, seed)
-    key = train_key(skeletons.digest, config, protocol, stream)
     names = tracking.names(preset, protocol, stream, seed)
-    fit = functools.partial(train, skeletons, protocol=protocol, stream=stream, config=config, out=checkpoint, progress=False)
     with (
-        tracking.child(parent, key=key, kind="train", names=names) as track,
+        skeletons.opened(data, skeletons.training(protocol)) as used,
+        tracking.child(parent, key=(key := train_key(used.digest, config, protocol, stream)), kind="train", names=names) as track,
         storage.mirrored(checkpoints, f"{key}/{STATE}") as (states, keep),
     ):
-        tracking.note(parent, {tracking.LINEAGE["data_digest"]: skeletons.digest})
-        track.tag(tracking.LINEAGE["data_digest"], skeletons.digest)
-        split = skeletons.split(protocol)
+        tracking.note(parent, {tracking.LINEAGE["data_digest"]: used.digest})
+        track.tag(tracking.LINEAGE["data_digest"], used.digest)
+        split = used.split(protocol)
         track.params({**names, **flat(config)})
-        track.dataset(skeletons, "training", part=f"{protocol}/train", used=len(split.train))
+        track.dataset(used, "training", part=f"{protocol}/train", used=len(split.train))
         logged = track.steps("train_loss")
 
         def log(record: Mapping[str, float]) -> None:
@@ -71,7 +68,16 @@ def run(
                 f"{epoch.clips_per_second:.0f} clips/s"
             )
 
-        fit(state_dir=states, on_epoch=on_epoch)
+        train(
+            used,
+            protocol=protocol,
+            stream=stream,
+            config=config,
+            out=checkpoint,
+            progress=False,
+            state_dir=states,
+            on_epoch=on_epoch,
+        )
         history = read_history(checkpoint)
         for record in history:  # epochs that ran under another parent, or whose logging a kill cut off
             log(record)
@@ -79,7 +85,7 @@ def run(
         track.folder(checkpoint, "checkpoint")
         with tempfile.TemporaryDirectory() as folder:
             fused = write_fused(Path(folder) / "fused", {stream: checkpoint}, {stream: 1.0})
-            track.model(fused, read_meta(checkpoint), example(skeletons, int(split.test[0])))
+            track.model(fused, read_meta(checkpoint), example(used, int(split.test[0])))
     return names
 
 

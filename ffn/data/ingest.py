@@ -20,6 +20,9 @@ from ffn.data.store import Sample, SkeletonSetWriter, Space, publishing
 from ffn.errors import FFNError
 from ffn.machine import cores
 
+READS = ("data", "layouts.py", "protocols.py")
+"""What of ffn decides what is made of a source: `ffn.config.code` of it is the reader's version."""
+
 _PARTS = ("train", "test")
 
 

@@ -66,7 +66,7 @@ class Pipeline:
 
     def evaluate(self, stream: str) -> Path:
         out = self.root / stream / "scores"
-        evaluate(data=self.data, checkpoint=self.root / stream / "checkpoint", parent=self.parent, scores=out)
+        evaluate(data=self.data, checkpoint=self.root / stream / "checkpoint", parent=self.parent, store="", scores=out)
         return out
 
     def register(self, *overrides: str) -> str:

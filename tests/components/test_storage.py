@@ -450,7 +450,7 @@ def test_recordings_are_ingested_from_a_store(server: Server, store: MlflowClien
     digests: list[str] = []
     for source in (tmp_path / "raw", "s3://bucket/raw.zip"):
         out = tmp_path / f"{len(digests)}.arrow"
-        made = ingest(source=source, source_version=str(source), space="3d", data=out, report=tmp_path / "report.md")
+        made = ingest(source=source, source_version=str(source), space="3d", store="", data=out, report=tmp_path / "report.md")
         digests.append(made["digest"])
     assert digests[0] == digests[1]
     assert SkeletonSet.open(out).provenance["source"] == "raw.zip"
