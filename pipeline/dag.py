@@ -85,7 +85,7 @@ def described(protocols: Sequence[str], streams: Sequence[str], presets: Sequenc
 def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: str, seed: int, compared: bool) -> Any:
     """One protocol's box: train and evaluate every stream, fuse; register, and promote what is not worse, unless `compared`.
 
-    The settings may leave promotion to a person: then the gate says what it thinks, and nothing moves.
+    The settings leave promotion to a person unless they say otherwise: then the gate says what it thinks, and nothing moves.
     """
 
     @dsl.pipeline(name=f"{protocol}-{preset}-seed{seed}" if compared else protocol)
@@ -105,7 +105,7 @@ def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: s
         registered = wiring.register(
             data=data, checkpoints=dsl.Collected(trained.outputs["checkpoint"]), fused=fused.outputs["fused"], **of
         )
-        verdict = wiring.gate(model=registered.output, data=data, **of)
+        verdict = wiring.gate(model=registered.output, data=data, **settings.policy, **of)
         for task in (registered, verdict):
             place(task, settings)
         if settings.promote:

@@ -15,7 +15,7 @@ CACHED = frozenset({"ingest", "evaluate"})
 CACHED_LOCALLY = CACHED | {"train", "fuse"}
 """Reused on one machine too. The parent run's id is part of every key but ingestion's, so a new MLflow store finds no training."""
 
-HEAVY = frozenset({"train", "evaluate"})
+HEAVY = frozenset({"train", "evaluate", "gate"})
 THREADS = "OMP_NUM_THREADS"
 """Variable with the threads of a process: left to itself it takes one for every core of the node, whatever its limit is."""
 

@@ -1,4 +1,4 @@
-"""Register: the fused model as a version of `ffn-<protocol>`, alias `challenger`."""
+"""Register: the fused model as a version of `ffn-<protocol>-candidates`, alias `challenger`."""
 
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from ffn.errors import FFNError
 
 @step
 def run(*, data: Path, checkpoints: list[Path], fused: Path, parent: str) -> str:
-    """Returns the version's URI, `models:/ffn-<protocol>/<number>`; the same streams give the same version.
+    """Returns the version's URI, `models:/ffn-<protocol>-candidates/<number>`; the same streams give the same version.
 
     `fused` is the folder that fusion wrote. Raises `FFNError` where data, checkpoints and fusion are not of one protocol, data set,
     set of classes and streams.
@@ -31,7 +31,7 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, parent: str) -> str
     with tracking.child(parent, key=key, name=f"{meta.config.preset}/{meta.protocol}/register", kind="register") as track:
         model = track.logged() or log(track, skeletons, streams, fusion["weights"])
         version = registry.register(
-            f"ffn-{meta.protocol}",
+            registry.candidates(f"ffn-{meta.protocol}"),
             model,
             key=key,
             run=track.id,
@@ -50,6 +50,7 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, parent: str) -> str
                 "space": meta.space,
                 "fusion": fusion["name"],
                 "top1": repr(fusion["top1"]),
+                registry.DIGEST: sealed(model),
             },
         )
         registry.point(version, "challenger")
@@ -71,6 +72,12 @@ def log(
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_fused(Path(scratch) / "fused", {stream: path for stream, (path, _) in streams.items()}, weights)
         return track.model(folder, meta, example(data, int(data.split(meta.protocol).test[0])))
+
+
+def sealed(model: str) -> str:
+    """The digest of the files of the logged model, as its store keeps them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return registry.sealed(model, Path(scratch))
 
 
 def require_fit(data: SkeletonSet, streams: Mapping[str, tuple[Path, Checkpoint]], fused: Path, fusion: Mapping[str, Any]) -> None:
