@@ -137,13 +137,19 @@ def copy(candidate: Version, tags: Mapping[str, str]) -> Version:
     is for. Source: mlflow 3.17.2, store/model_registry/abstract_store.py:435.
     """
     client, kept = MlflowClient(), {name: value for name, value in candidate.tags.items() if not name.startswith("mlflow.")}
-    create(candidate.champions)
     source = client.get_model_version(candidate.name, candidate.number)
-    return _version(
-        client.create_model_version(
+    try:
+        create(candidate.champions)
+        made = client.create_model_version(
             candidate.champions, candidate.uri, run_id=source.run_id, tags={**kept, **tags}, model_id=source.model_id or None
         )
-    )
+    except MlflowException as error:
+        if error.error_code != "PERMISSION_DENIED":
+            raise
+        raise FFNError(
+            f"{candidate.champions}: MLflow does not let this account make champions; the account `promoter` may"
+        ) from None
+    return _version(made)
 
 
 def withdraw(version: Version) -> None:

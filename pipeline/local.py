@@ -116,7 +116,7 @@ def run(
         image="local-python",
         checkpoints=str(workspace.root / "checkpoints"),
         local=True,
-        promote=True,
+        promote=os.environ.get("FFN_PROMOTE") != "0",
         **asdict(policy()),
         environment={
             "FFN_CODE": code_digest(),

@@ -36,7 +36,8 @@ def versions(model: str = "", *, workspace: Workspace) -> dict[str, list[Version
     if model:
         registry.require_model(model, known)
     names = [model] if model else sorted(name for name in known if name.startswith(OURS))
-    return {name: registry.history(name, known[name]) for name in names}
+    found = {name: registry.history(name, known[name]) for name in names}
+    return {name: versions for name, versions in found.items() if versions or model}
 
 
 def table(models: Mapping[str, Sequence[Version]]) -> str:
