@@ -52,7 +52,7 @@ def promote(candidate: Version, verdict: Verdict, reason: str) -> str:
 def approve(candidate: Version, verdict: Verdict, reason: str) -> str:
     """What `promote` does once the candidate's files have been looked at."""
     place = verdict.champion.partition(" ")[0]
-    ours = _unfinished(candidate, place) or registry.copy(
+    ours = _unfinished(candidate, verdict, place) or registry.copy(
         candidate,
         {
             DIGEST: verdict.digest, CANDIDATE: candidate.called, REPLACES: place, ROLLED_BACK: "", INSTEAD_OF: "",
@@ -67,7 +67,7 @@ def approve(candidate: Version, verdict: Verdict, reason: str) -> str:
     if champion and done:
         return f"{ours.name} version {champion.number} is champion already: {candidate.called}"
     _require_unmoved(candidate, verdict, champion)
-    if not _is(candidate, first):
+    if not _of(verdict, candidate, first):
         raise FFNError(
             f"{ours.name}: {first.tags[CANDIDATE]} is being promoted at this moment, as version {first.number}; {_again(candidate)}"
         )
@@ -97,9 +97,9 @@ def rollback(name: str) -> str:
     return f"{name} version {previous.number} is champion again, version {champion.number} previous"
 
 
-def _unfinished(candidate: Version, place: str) -> Version | None:
+def _unfinished(candidate: Version, verdict: Verdict, place: str) -> Version | None:
     """What an attempt a moment ago left of this very promotion."""
-    found = [one for one in registry.copies(candidate) if one.tags.get(REPLACES) == place and not one.tags.get(ROLLED_BACK)]
+    found = [one for one in registry.rivals(candidate.champions, place) if _of(verdict, candidate, one)]
     return next((one for one in found if one.registered and datetime.now(UTC) - one.registered < PATIENCE), None)
 
 
@@ -120,6 +120,11 @@ def _again(candidate: Version) -> str:
 
 def _is(candidate: Version, version: Version) -> bool:
     return version.tags.get(CANDIDATE) == candidate.called
+
+
+def _of(verdict: Verdict, candidate: Version, version: Version) -> bool:
+    """Whether the version is the candidate as it was judged."""
+    return _is(candidate, version) and version.tags.get(DIGEST) == verdict.digest
 
 
 def _age(version: Version, beside: Version) -> timedelta:

@@ -379,7 +379,7 @@ def test_a_promotion_under_way_is_not_overtaken_and_a_dead_one_not_waited_for(
 ) -> None:
     one, two, three = three_candidates(store)
     approved(one)
-    registry.copy(two, {"candidate": two.called, "replaces": "1", "rolled_back": ""})  # then it died
+    registry.copy(two, {"candidate": two.called, "replaces": "1"})  # then it died
     with pytest.raises(FFNError, match="ffn-p: ffn-p-candidates/2 is being promoted at this moment, as version 2; ask the gate"):
         approved(three)
     assert [version.number for version in registry.rivals("ffn-p", "1")] == ["2"]
