@@ -11,6 +11,7 @@ from pathlib import Path
 from components import registry, tracking
 from components.gate.step import Verdict, decide, identity
 from components.promote.step import promote as move
+from components.promote.step import require_unmoved
 from components.promote.step import rollback as back
 from components.registry import CANDIDATE, CANDIDATES, DIGEST, Version
 from ffn.errors import FFNError
@@ -107,6 +108,7 @@ def promote(
         raise FFNError(f"{found.called}: no gate has measured it yet; --data SET.arrow lets it, --force promotes it all the same")
     if not verdict.promote:
         return False, f"{what} is held: {verdict.reason}; --force promotes it all the same"
+    require_unmoved(found, verdict, champion)
     if dry_run:
         return True, f"{what} would be champion: {verdict.reason}"
     return True, f"{move(found, verdict, reason)}: {verdict.reason}"

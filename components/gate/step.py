@@ -75,6 +75,8 @@ def objection(challenger: Version, champion: Version | None) -> str:
     back = [tag for copy in registry.copies(challenger) if (tag := copy.tags.get(registry.ROLLED_BACK))]
     if back:
         return f"it was rolled back by hand ({back[-1]}); promote it by hand, with --force"
+    if champion and not champion.tags.get(registry.DIGEST):
+        return f"champion version {champion.number} is of earlier days and carries no digest; promote by hand, with --force"
     if champion:
         for what in ("protocol", "layout", "layout_digest", "space", "classes_digest"):
             ours, theirs = challenger.tags.get(what), champion.tags.get(what)

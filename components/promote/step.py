@@ -39,7 +39,7 @@ def promote(candidate: Version, verdict: Verdict, reason: str) -> str:
     """
     if (champion := registry.champion(candidate.champions)) and _is(candidate, champion):
         return f"{candidate.champions} version {champion.number} is champion already: {candidate.called}"
-    _require_unmoved(candidate, verdict, champion)
+    require_unmoved(candidate, verdict, champion)
     with tempfile.TemporaryDirectory() as scratch:
         found = registry.fetch(candidate, Path(scratch))
     if found != verdict.digest:
@@ -66,7 +66,7 @@ def approve(candidate: Version, verdict: Verdict, reason: str) -> str:
         registry.withdraw(ours)
     if champion and done:
         return f"{ours.name} version {champion.number} is champion already: {candidate.called}"
-    _require_unmoved(candidate, verdict, champion)
+    require_unmoved(candidate, verdict, champion)
     if not _of(verdict, candidate, first):
         raise FFNError(
             f"{ours.name}: {first.tags[CANDIDATE]} is being promoted at this moment, as version {first.number}; {_again(candidate)}"
@@ -103,7 +103,8 @@ def _unfinished(candidate: Version, verdict: Verdict, place: str) -> Version | N
     return next((one for one in found if one.registered and datetime.now(UTC) - one.registered < PATIENCE), None)
 
 
-def _require_unmoved(candidate: Version, verdict: Verdict, champion: Version | None) -> None:
+def require_unmoved(candidate: Version, verdict: Verdict, champion: Version | None) -> None:
+    """Raise `FFNError` where the champion is not the one that the verdict compared with."""
     if identity(champion) == verdict.champion:
         return
     now = f"champion is version {champion.number} now" if champion else "there is no champion now"

@@ -198,6 +198,7 @@ def test_what_cannot_be_compared_is_held_unmeasured(store: MlflowClient, challen
     verdict = decide(version(2, **challenger), version(1, "ffn-p"), Path("unread"), Policy())
     assert verdict == Verdict(promote=False, reason=reason, digest="sha256:2", champion="1 sha256:1")
     assert Verdict.of(version(2, **verdict.tags)) == verdict
+    assert objection(version(2), version(1, "ffn-p", digest="")).startswith("champion version 1 is of earlier days")
 
 
 def test_champion_and_challenger_are_measured_on_the_challengers_data(
@@ -328,7 +329,7 @@ def test_a_champion_is_a_copy_that_says_what_it_was(store: MlflowClient) -> None
     assert registry.version("ffn-p-candidates", alias="champion") is None
 
 
-def test_a_champion_that_has_moved_since_the_gate_is_not_replaced(store: MlflowClient) -> None:
+def test_a_champion_that_has_moved_since_the_gate_is_not_replaced(store: MlflowClient, tmp_path: Path) -> None:
     one, two, three = three_candidates(store)
     early = verdict(two)
     approved(one)
@@ -340,6 +341,9 @@ def test_a_champion_that_has_moved_since_the_gate_is_not_replaced(store: MlflowC
     approved(three)
     with pytest.raises(FFNError, match="ffn-p: champion is version 3 now, when the gate compared it was version 1; "):
         promote(two, middle, "better")
+    registry.mark(two, middle.tags)
+    with pytest.raises(FFNError, match="ffn-p: champion is version 3 now"):
+        promote_by_hand("ffn-p-candidates/2", dry_run=True, workspace=Workspace(root=tmp_path))
     assert aliases() == {"champion": "3", "previous": "1"}
     assert [one.tags["candidate"] for one in registry.rivals("ffn-p", "1")] == ["ffn-p-candidates/3"]
 
