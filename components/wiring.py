@@ -110,15 +110,26 @@ def register(
     seed: int,
     parent: str,
 ) -> str:
-    """The fused model as a version, alias challenger; returns its URI."""
+    """The fused model as a candidate, alias challenger; returns its URI."""
     from components.attempts import attempt
 
     return str(attempt("register", locals()))
 
 
 @component
-def gate(model: str, data: dsl.Input[dsl.Dataset], preset: str, protocol: str, seed: int, parent: str) -> str:
-    """`promote` or `hold`."""
+def gate(
+    model: str,
+    data: dsl.Input[dsl.Dataset],
+    floor: float,
+    margin: float,
+    significance: float,
+    class_drop: float,
+    preset: str,
+    protocol: str,
+    seed: int,
+    parent: str,
+) -> str:
+    """Challenger and champion measured: `promote` or `hold`."""
     from components.attempts import attempt
 
     return str(attempt("gate", locals()))

@@ -110,6 +110,27 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What the gate asks of a challenger (ffn/gate.py). Fractions."""
+
+    floor: float = 0.5
+    """Least top-1, of a first version too."""
+    margin: float = 0.0
+    """What its top-1 must be above the champion's; below zero what it may lose."""
+    significance: float = 0.05
+    """A paired test that finds it worse with a p below this holds it, whatever the margin."""
+    class_drop: float = 0.2
+    """What the recall of a class may fall by; more, and significantly so, holds it. Classes are not corrected for their number: a
+    hold costs a look, and `--force` passes it."""
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("floor", 0, 1), ("margin", -1, 1), ("significance", 0, 0.5), ("class_drop", 0, 1)):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise FFNError(f"gate: {name} is {value}, expected a fraction from {least} to {most}")
+
+
 def _row(base: Config, preset: str, *, loss: LossConfig | None = None, epochs: int | None = None, **model: Any) -> Config:
     """`base` under another name, with another loss, number of epochs, or fields of the model."""
     return replace(

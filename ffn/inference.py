@@ -32,10 +32,7 @@ class FusedModel:
     def load(cls, folder: Path | str) -> Self:
         """Load what `write_fused` wrote, on the CPU. Raises `FFNError` where it is not a fused model."""
         folder = Path(folder)
-        try:
-            weights = json.loads((folder / "fusion.json").read_text())
-        except (OSError, ValueError) as error:
-            raise FFNError(f"{folder}: not a fused model ({error}); expected fusion.json and a checkpoint per stream") from None
+        weights = read_weights(folder)
         return cls(streams={stream: checkpoint.load(folder / stream) for stream in weights}, weights=weights)
 
     @classmethod
@@ -88,6 +85,14 @@ class FusedModel:
             raise FFNError(f"{where}: keypoints {clip.shape}, expected (persons, frames, {joints}, 3)")
         check_finite(clip[:2], self.meta.layout, where)
         return arrange(clip, self.meta.space, where).astype(np.float16)
+
+
+def read_weights(folder: Path) -> dict[str, float]:
+    """Stream -> weight of what `write_fused` wrote. Raises `FFNError` where it is not a fused model."""
+    try:
+        return dict(json.loads((folder / "fusion.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise FFNError(f"{folder}: not a fused model ({error}); expected fusion.json and a checkpoint per stream") from None
 
 
 def with_clips(model: FusedModel, clips: int) -> FusedModel:

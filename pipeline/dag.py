@@ -9,7 +9,7 @@ from typing import Any
 from kfp import dsl
 
 from components import wiring
-from pipeline.placement import place
+from pipeline.placement import lifetime, place
 from pipeline.settings import NAME, Settings
 
 DEFAULT_PRESET = "S4"
@@ -37,7 +37,11 @@ def build(
         for seed in seeds
     }
 
-    @dsl.pipeline(name=NAME, description=described(protocols, streams, presets, seeds, settings.image))
+    @dsl.pipeline(
+        name=NAME,
+        description=described(protocols, streams, presets, seeds, settings.image),
+        pipeline_config=None if settings.local else lifetime(),
+    )
     def pipeline(
         source: str,
         name: str = "",
@@ -87,7 +91,7 @@ def described(protocols: Sequence[str], streams: Sequence[str], presets: Sequenc
 def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: str, seed: int, compared: bool) -> Any:
     """One protocol's box: train and evaluate every stream, fuse; register, and promote what is not worse, unless `compared`.
 
-    The settings may leave promotion to a person: then the gate says what it thinks, and nothing moves.
+    The settings leave promotion to a person unless they say otherwise: then the gate says what it thinks, and nothing moves.
     """
 
     @dsl.pipeline(name=f"{protocol}-{preset}-seed{seed}" if compared else protocol)
@@ -109,7 +113,7 @@ def _box(protocol: str, streams: Sequence[str], settings: Settings, *, preset: s
         registered = wiring.register(
             data=data, checkpoints=dsl.Collected(trained.outputs["checkpoint"]), fused=fused.outputs["fused"], **of
         )
-        verdict = wiring.gate(model=registered.output, data=data, **of)
+        verdict = wiring.gate(model=registered.output, data=data, **settings.policy, **of)
         for task in (registered, verdict):
             place(task, settings)
         if settings.promote:

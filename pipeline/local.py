@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
@@ -28,7 +28,7 @@ from ffn.errors import FFNError
 from ffn.machine import cores
 from ffn.protocols import require_name
 from pipeline import replaced
-from pipeline.settings import Settings
+from pipeline.settings import Settings, policy
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_SECONDS = 10
@@ -112,6 +112,8 @@ def run(
         image="local-python",
         checkpoints=str(workspace.root / "checkpoints"),
         local=True,
+        promote=os.environ.get("FFN_PROMOTE") != "0",
+        **asdict(policy()),
         environment={
             "FFN_CODE": code_digest(),
             "FFN_LOCKS": str(workspace.root / "logs"),

@@ -17,7 +17,7 @@ steps find in the durable store what they made. The parent run's id is part of e
 STORES = frozenset({"ingest", "train", "evaluate", "register", "gate"})
 """Steps that read or write the durable store."""
 
-HEAVY = frozenset({"train", "evaluate"})
+HEAVY = frozenset({"train", "evaluate", "gate"})
 THREADS = "OMP_NUM_THREADS"
 """Variable with the threads of a process: left to itself it takes one for every core of the node, whatever its limit is."""
 

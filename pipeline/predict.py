@@ -52,11 +52,12 @@ def _champion(model: str, workspace: Workspace) -> FusedModel:
     os.environ.update(workspace.environment())
     from components import registry
 
-    names = [model] if model else registry.registered()
-    champions = [found for name in names if (found := registry.version(name, alias="champion"))]
+    names = [model] if model else [name for name in registry.registered() if not name.endswith(registry.CANDIDATES)]
+    champions = [found for name in names if (found := registry.champion(name))]
     if len(champions) > 1:
         raise FFNError(f"{len(champions)} champions: {', '.join(found.name for found in champions)}; choose one with --model")
     if not champions:
         known = ", ".join(registry.registered()) or "none; train some with `ffn run`"
         raise FFNError(f"{model or 'no --model given'}: no champion; registered models: {known}")
-    return FusedModel.load(registry.download(champions[0]))
+    with registry.fused(champions[0]) as folder:
+        return FusedModel.load(folder)

@@ -2,12 +2,14 @@
 
 `follow` compares the alias `champion` with the version that is served and asks the cluster for the champion where they
 differ; `probe` asks the server for a real prediction. Both run often, so they load the standard library and nothing else.
+`download` fetches a version before the server starts: a model is code, and only what was approved may run.
 """
 
 import base64
 import json
 import math
 import os
+import shutil
 import ssl
 import sys
 import urllib.error
@@ -67,6 +69,21 @@ def champion(model: str) -> str:
     return next((str(alias["version"]) for alias in aliases if alias["alias"] == "champion"), "")
 
 
+def download(model: str, version: str, folder: Path) -> str:
+    """Fetch a version of `model` into `folder`, and look whether its files are those that were approved; what was fetched.
+
+    Raises `FFNError`, and leaves nothing in the folder, where they are not, or where there is no such version.
+    """
+    from components import registry
+
+    if not version:
+        raise FFNError(f"no champion of {model} is served yet: promote one")
+    for left in folder.iterdir():  # by an attempt before this one
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    with registry.asked_by_a_person():
+        return f"{model}: version {version}, digest {registry.fetch(registry.at(f'models:/{model}/{version}'), folder)}"
+
+
 def probe(folder: Path, address: str) -> None:
     """Have the server at `address` predict the example that the model in `folder` was registered with.
 
@@ -109,15 +126,17 @@ def _json(
 
 
 def main(arguments: list[str]) -> int:
-    """`follow MODEL TARGET` or `probe FOLDER ADDRESS`; returns the exit status."""
+    """`follow MODEL TARGET`, `download MODEL VERSION FOLDER` or `probe FOLDER ADDRESS`; returns the exit status."""
     try:
         match arguments:
             case ["follow", model, target]:
                 print(follow(model, target), flush=True)
+            case ["download", model, version, folder]:
+                print(download(model, version, Path(folder)), flush=True)
             case ["probe", folder, address]:
                 probe(Path(folder), address)
             case _:
-                raise FFNError("expected: follow MODEL TARGET, or: probe FOLDER ADDRESS")
+                raise FFNError("expected: follow MODEL TARGET, download MODEL VERSION FOLDER, or probe FOLDER ADDRESS")
     except FFNError as error:
         print(f"ffn: error: {error}", file=sys.stderr)
         return 2

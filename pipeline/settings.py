@@ -8,6 +8,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from components import IMAGE
+from ffn.config import Policy
 from ffn.errors import FFNError
 
 PASSED_ON = (
@@ -46,7 +47,7 @@ class Toleration:
 class Settings:
     """Every field is read from the environment variable FFN_<FIELD> by `from_environment`.
 
-    Heavy steps are train and evaluate, light ones the rest.
+    Heavy steps are train, evaluate and gate, light ones the rest.
     """
 
     image: str = IMAGE
@@ -70,7 +71,7 @@ class Settings:
     gpu: str = "nvidia.com/gpu"
     """Kind of accelerator: the name of the resource that nodes offer."""
     gpus: int = 1
-    """Accelerators of a training; an evaluation takes one; 0 for none."""
+    """Accelerators of a training; an evaluation and a gate take one; 0 for none."""
     node_selector: Mapping[str, str] = field(default_factory=dict)
     """Labels of the nodes for heavy steps; `key=value`, with commas between."""
     tolerations: tuple[Toleration, ...] = ()
@@ -93,8 +94,13 @@ class Settings:
     """Time limit of a heavy step's pod, with all the attempts in it; waiting for a node does not count."""
     light_hours: int = 6
     """Time limit of a light step's pod."""
-    promote: bool = True
-    """Whether a run makes a model that is not worse the champion itself; else it stays challenger until a person promotes it."""
+    promote: bool = False
+    """Whether a run makes what its gate lets through champion itself, where the steps' account may; else a person does."""
+    floor: float = Policy.floor
+    margin: float = Policy.margin
+    significance: float = Policy.significance
+    class_drop: float = Policy.class_drop
+    """The gate's `Policy`."""
     local: bool = False
     """Compiled for this machine: no resources are asked for, and every step with an output worth keeping is cached."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -119,6 +125,8 @@ class Settings:
                 given[item.name] = tuple(Toleration.parse(part.strip()) for part in text.split(",") if part.strip())
             elif item.name == "node_selector":
                 given[item.name] = _pairs(name, text)
+            elif item.type is float:
+                given[item.name] = number(name, text)
             else:
                 given[item.name] = item.type(int(text)) if item.type in (int, bool) else text
         passed = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
@@ -126,6 +134,14 @@ class Settings:
             if urlsplit(value).password:
                 raise FFNError(f"{name} holds a password, which a compiled pipeline would show; name a Secret in FFN_MLFLOW_SECRET")
         return cls(**given, environment=passed)  # type: ignore[arg-type]  # each made by its field's type above
+
+    def __post_init__(self) -> None:
+        Policy(**self.policy)  # its checks
+
+    @property
+    def policy(self) -> dict[str, float]:
+        """The fields of the gate's `Policy`."""
+        return {item.name: getattr(self, item.name) for item in fields(Policy)}
 
     @property
     def states_claim(self) -> str:
@@ -141,6 +157,20 @@ class Settings:
     def pinned(self) -> bool:
         """Whether the image is named by digest."""
         return bool(DIGEST.search(self.image))
+
+
+def policy() -> Policy:
+    """The gate's policy of this environment, for what runs on this machine."""
+    given = {item.name: os.environ.get(f"FFN_{item.name.upper()}") for item in fields(Policy)}
+    return Policy(**{name: number(f"FFN_{name.upper()}", text) for name, text in given.items() if text is not None})
+
+
+def number(name: str, text: str) -> float:
+    """Raises `FFNError` where the variable's text is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise FFNError(f"{name}={text!r}: expected a fraction, as 0.5") from None
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:

@@ -94,13 +94,14 @@ def tell(parent: tracking.Child, ended: str, failed: dict[str, str], results: Se
 
 def verdict(version: registry.Version) -> str:
     """What the gate said of a version and what became of it."""
-    champion = registry.version(version.name, alias="champion")
-    is_champion = champion is not None and champion.number == version.number
-    state = "champion" if is_champion else {"hold": "held by the gate", "promote": "let through by the gate"}.get(
-        version.tags.get("gate", ""), "challenger"
-    )  # fmt: skip
+    champion, gate = registry.champion(version.champions), version.tags.get("gate", "")
+    if champion and champion.tags.get(registry.CANDIDATE) == version.called:
+        state = f"champion, as {champion.name} version {champion.number}"
+    else:
+        state = {"hold": "held by the gate", "promote": "let through by the gate"}.get(gate, "challenger")
     reason = version.tags.get("gate_reason", "")
-    return f"{version.name} version {version.number}: {state}{f': {reason}' if reason else ''}"
+    todo = f"; next: `ffn model promote {version.called}`" if state == "let through by the gate" else ""
+    return f"{version.name} version {version.number}: {state}{f': {reason}' if reason else ''}{todo}"
 
 
 def figures(parent: tracking.Child, results: Sequence[Result]) -> dict[str, bytes]:

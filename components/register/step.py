@@ -1,4 +1,4 @@
-"""Register: the fused model as a version of `ffn-<protocol>`, alias `challenger`."""
+"""Register: the fused model as a version of `ffn-<protocol>-candidates`, alias `challenger`."""
 
 import tempfile
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from components import registry, say, step, tracking
+from components import registry, say, skeletons, step, tracking
 from components.fuse.step import by_stream, read_fusion
 from ffn.checkpoint import Checkpoint, read_meta
 from ffn.config import digest
@@ -16,7 +16,7 @@ from ffn.errors import FFNError
 
 @step
 def run(*, data: Path, checkpoints: list[Path], fused: Path, parent: str) -> str:
-    """Returns the version's URI, `models:/ffn-<protocol>/<number>`; the same streams give the same version.
+    """Returns the version's URI, `models:/ffn-<protocol>-candidates/<number>`; the same streams give the same version.
 
     `fused` is the folder that fusion wrote. Raises `FFNError` where data, checkpoints and fusion are not of one protocol, data set,
     set of classes and streams.
@@ -24,37 +24,38 @@ def run(*, data: Path, checkpoints: list[Path], fused: Path, parent: str) -> str
     fusion = read_fusion(fused)
     streams = by_stream(checkpoints, read_meta)
     meta = next(iter(streams.values()))[1]
-    skeletons = SkeletonSet.open(data)
-    require_fit(skeletons, streams, fused, fusion)
     key = digest("register", meta.data_digest, meta.protocol, fusion["weights"], {s: m.key for s, (_, m) in streams.items()})
-    split = skeletons.split(meta.protocol)
-    with tracking.child(parent, key=key, name=f"{meta.config.preset}/{meta.protocol}/register", kind="register") as track:
-        model = track.logged() or log(track, skeletons, streams, fusion["weights"])
-        version = registry.register(
-            f"ffn-{meta.protocol}",
-            model,
-            key=key,
-            run=track.id,
-            tags={
-                **tracking.lineage(parent),
-                "protocol": meta.protocol,
-                "preset": meta.config.preset,
-                "data_digest": meta.data_digest,
-                "samples": str(len(skeletons)),
-                "train_samples": str(len(split.train)),
-                "test_samples": str(len(split.test)),
-                "classes": str(len(meta.classes)),
-                "classes_digest": digest(meta.classes),
-                "layout": meta.layout.name,
-                "layout_digest": digest(asdict(meta.layout)),
-                "space": meta.space,
-                "fusion": fusion["name"],
-                "top1": repr(fusion["top1"]),
-            },
-        )
-        registry.point(version, "challenger")
-        track.params({"model": version.name, "fusion": fusion["name"]})
-        track.metrics({"version": int(version.number)})
+    with skeletons.opened(data, skeletons.example(meta.protocol)) as known:
+        require_fit(known, streams, fused, fusion)
+        with tracking.child(parent, key=key, name=f"{meta.config.preset}/{meta.protocol}/register", kind="register") as track:
+            split = known.split(meta.protocol)
+            model = track.logged() or log(track, known, streams, fusion["weights"])
+            version = registry.register(
+                registry.candidates(f"ffn-{meta.protocol}"),
+                model,
+                key=key,
+                run=track.id,
+                tags={
+                    **tracking.lineage(parent),
+                    "protocol": meta.protocol,
+                    "preset": meta.config.preset,
+                    "data_digest": meta.data_digest,
+                    "samples": str(len(known)),
+                    "train_samples": str(len(split.train)),
+                    "test_samples": str(len(split.test)),
+                    "classes": str(len(meta.classes)),
+                    "classes_digest": digest(meta.classes),
+                    "layout": meta.layout.name,
+                    "layout_digest": digest(asdict(meta.layout)),
+                    "space": meta.space,
+                    "fusion": fusion["name"],
+                    "top1": repr(fusion["top1"]),
+                    registry.DIGEST: sealed(model),
+                },
+            )
+            registry.point(version, "challenger")
+            track.params({"model": version.name, "fusion": fusion["name"]})
+            track.metrics({"version": int(version.number)})
     say(f"{version.name} version {version.number}, alias challenger")
     return version.uri
 
@@ -71,6 +72,12 @@ def log(
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_fused(Path(scratch) / "fused", {stream: path for stream, (path, _) in streams.items()}, weights)
         return track.model(folder, meta, example(data, int(data.split(meta.protocol).test[0])))
+
+
+def sealed(model: str) -> str:
+    """The digest of the files of the logged model, as its store keeps them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return registry.sealed(model, Path(scratch))
 
 
 def require_fit(data: SkeletonSet, streams: Mapping[str, tuple[Path, Checkpoint]], fused: Path, fusion: Mapping[str, Any]) -> None:

@@ -61,7 +61,7 @@ def add(verbs: Verbs) -> None:
     added.add_argument("scores", type=Path, nargs="+", metavar="SCORES.arrow")
     added.add_argument("--out", type=Path, required=True, metavar="FOLDER")
 
-    added = verbs.add(register, "checkpoints and their fused scores -> a version in MLflow, alias challenger")
+    added = verbs.add(register, "checkpoints and their fused scores -> a candidate in MLflow, alias challenger")
     added.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     added.add_argument("--fused", type=Path, required=True, metavar="FOLDER", help="what `ffn fuse` wrote")
     added.add_argument("--data", type=Path, required=True, metavar="SET.arrow")

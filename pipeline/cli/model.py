@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.cli import options
 from pipeline.cli.options import Verbs
 
-VERSION = "ffn-PROTOCOL/NUMBER or ffn-PROTOCOL@ALIAS"
+VERSION = "ffn-PROTOCOL[-candidates]/NUMBER or ...@ALIAS"
 
 
 def add(verbs: Verbs) -> None:
@@ -22,11 +22,11 @@ def add(verbs: Verbs) -> None:
         added.add_argument(name.lower(), metavar=name, help=VERSION)
     options.workspace(added)
 
-    added = verbs.add(promote, "a version becomes champion, by hand, where the gate lets it")
-    added.add_argument("version", metavar="VERSION", help=f"{VERSION}; ffn-PROTOCOL alone is its challenger")
+    added = verbs.add(promote, "a candidate becomes champion, by hand, where the gate lets it")
+    added.add_argument("version", metavar="VERSION", help="ffn-PROTOCOL-candidates/NUMBER; ffn-PROTOCOL alone is its challenger")
     added.add_argument("--to", default="champion", metavar="ALIAS", help="default champion; any other alias passes no gate")
     added.add_argument("--reason", default="by hand", help="kept as the version's tag promoted_because")
-    added.add_argument("--data", type=Path, metavar="SET.arrow", help="recordings to measure a champion again on")
+    added.add_argument("--data", type=Path, metavar="SET.arrow", help="recordings to measure challenger and champion on, now")
     added.add_argument("--force", action="store_true", help="do not ask the gate")
     added.add_argument("--dry-run", action="store_true", help="say what would happen, and change nothing")
     options.workspace(added)
@@ -58,7 +58,7 @@ def diff(given: argparse.Namespace) -> None:
 
 
 def promote(given: argparse.Namespace) -> int:
-    """Make a version champion if it is not worse; the champion before becomes `previous`. Exit status 1 where the gate holds it."""
+    """Make a candidate champion if the gate lets it; the champion before becomes `previous`. Exit status 1 where it is held."""
     from pipeline.local import workspace
     from pipeline.models import promote as move
 

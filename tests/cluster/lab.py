@@ -13,6 +13,7 @@ from typing import TypeVar
 import requests
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.server import Json, Server, equals
 
@@ -22,18 +23,20 @@ NEEDED = {
     "FFN_CLUSTER_RECORDINGS": "a place in an object store for the tests' recordings, s3://BUCKET/PREFIX",
     "FFN_CLUSTER_S3_URL": "that store's address from here (its keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)",
     "FFN_CHECKPOINTS": "where trainings keep their states, as pods reach it: s3://BUCKET/PREFIX, or a volume's folder",
+    "FFN_CLUSTER_PROMOTER": "MLflow's account that makes champions, as NAME:PASSWORD",
     "FFN_IMAGE": "the image of the steps, by digest",
     "FFN_KFP_URL": "KFP's API",
     "FFN_KFP_UI": "KFP's pages",
-    "FFN_MLFLOW_UI": "MLflow's address from here (its account: MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)",
+    "FFN_MLFLOW_UI": "MLflow's address from here (the steps' account: MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)",
     "MLFLOW_TRACKING_URI": "MLflow's address from a pod",
 }
 """What the tests ask of the environment, beside a kubeconfig and what `ffn cluster compile` reads."""
 
 SMALL = {
     "FFN_GPUS": "0", "FFN_CPU": "500m", "FFN_MEMORY": "3Gi", "FFN_LIGHT_CPU": "500m", "FFN_LIGHT_MEMORY": "2Gi", "FFN_SHM": "256Mi",
+    "FFN_FLOOR": "0.4",
 }  # fmt: skip
-"""Two cores run the whole of it."""
+"""Two cores run the whole of it; of three classes."""
 
 TINY = (
     "training.epochs=60", "training.batch_size=8", "model.width=16", "model.depths=1", "clip.frames=16", "clip.test_clips=1",
@@ -62,6 +65,17 @@ class Lab:
         return f"ffn-{self.protocol}"
 
     @property
+    def candidates(self) -> str:
+        return f"{self.model}-candidates"
+
+    @property
+    def promoter(self) -> dict[str, str]:
+        """The environment of who makes champions."""
+        name, _, password = os.environ["FFN_CLUSTER_PROMOTER"].partition(":")
+        here = {"MLFLOW_TRACKING_URI": os.environ["FFN_MLFLOW_UI"], "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false"}
+        return here | {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": password}
+
+    @property
     def environment(self) -> dict[str, str]:
         return {**SMALL, **os.environ, "MLFLOW_EXPERIMENT_NAME": self.protocol, "PYTHONUNBUFFERED": "1"}
 
@@ -69,7 +83,7 @@ class Lab:
         """What the command line says, stdout and stderr; it must end with `status`, if one is given."""
         command = [sys.executable, "-m", "pipeline.cli", *arguments]
         # What is compiled passes on where pods find MLflow; a person's own verbs find it elsewhere.
-        here = {"MLFLOW_TRACKING_URI": os.environ["FFN_MLFLOW_UI"]} if arguments[0] == "model" else {}
+        here = self.promoter if arguments[0] == "model" else {}
         done = subprocess.run(
             command,
             env={**self.environment, **here},
@@ -126,6 +140,19 @@ class Lab:
     @property
     def mlflow(self) -> MlflowClient:
         return MlflowClient(os.environ["FFN_MLFLOW_UI"])
+
+    def champion(self) -> ModelVersion:
+        return self.mlflow.get_model_version_by_alias(self.model, "champion")
+
+    def overwrite(self, candidate: str, path: str, content: bytes) -> bytes:
+        """Put other content in a file of the candidate's model, with the account of the steps; what it was."""
+        where = self.mlflow.get_model_version_download_uri(self.candidates, candidate).removeprefix("mlflow-artifacts:/")
+        url = f"{os.environ['FFN_MLFLOW_UI'].rstrip('/')}/api/2.0/mlflow-artifacts/artifacts/{where}/{path}"
+        account = (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"])
+        before = requests.get(url, auth=account, timeout=60)
+        for answer in (before, requests.put(url, data=content, auth=account, timeout=60)):
+            answer.raise_for_status()
+        return before.content
 
     def parent(self, run: str) -> Run:
         """The one MLflow run of a run of KFP's."""

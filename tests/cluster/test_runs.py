@@ -7,9 +7,11 @@ pods -l pipeline/runid=RUN`, then the run in KFP and in MLflow, whose experiment
 import json
 import os
 import subprocess
+import sys
 import time
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from tests.cluster.conftest import upload
 from tests.cluster.lab import Lab, first_line, until
@@ -39,7 +41,11 @@ def test_a_run_becomes_one_run_in_mlflow_and_a_champion(lab: Lab) -> None:
     assert tags["ffn.image"] == os.environ["FFN_IMAGE"]
     assert len(tags["ffn.data_digest"]) == 16
     assert tags["ffn.pipeline_version"].startswith(os.environ["FFN_IMAGE"].rpartition("sha256:")[2][:12])
-    version = lab.mlflow.get_model_version_by_alias(lab.model, "champion")
+    assert not lab.mlflow.search_registered_models(f"name = '{lab.model}'")  # steps make candidates
+    assert f"next: `ffn model promote {lab.candidates}/1`" in parent.data.tags["mlflow.note.content"]
+    promoted = lab.ffn("model", "promote", lab.model, "--reason", "the first")
+    assert promoted.splitlines()[-1].startswith(f"{lab.model} version 1 is champion: {lab.candidates}/1: top1 ")
+    version = lab.champion()
     for what, tag in (("image", "ffn.image"), ("kfp_run", "ffn.kfp_run"), ("data_digest", "ffn.data_digest")):
         assert version.tags[what] == tags[tag], what
     assert version.tags["mlflow_run"] == parent.info.run_id
@@ -67,11 +73,28 @@ def test_the_second_run_finds_its_ingestion_and_the_gate_holds_what_is_worse(lab
     said = lab.submit("worse", "--watch", settings=("training.epochs=1", "training.lr=1e-9"))
     run = first_line(said)
     assert lab.pods(run, "ingest") == []  # KFP's driver found it
-    assert lab.pods(run, "promote") == []
-    challenger = lab.mlflow.get_model_version_by_alias(lab.model, "challenger")
+    challenger = lab.mlflow.get_model_version_by_alias(lab.candidates, "challenger")
     assert (challenger.version, challenger.tags["gate"]) == ("2", "hold")
-    assert lab.mlflow.get_model_version_by_alias(lab.model, "champion").version == "1"
-    assert f"{lab.model} version 2: held by the gate: top1" in lab.parent(run).data.tags["mlflow.note.content"]
+    assert " of champion version 1: right where it was wrong on " in challenger.tags["gate_reason"]
+    assert "is held: top1" in lab.ffn("model", "promote", lab.model, status=1)
+    assert lab.champion().version == "1"
+    assert f"{lab.candidates} version 2: held by the gate: top1" in lab.parent(run).data.tags["mlflow.note.content"]
+
+
+def test_the_steps_account_cannot_get_round_an_approval(lab: Lab) -> None:
+    for forbidden in (
+        lambda: lab.mlflow.set_registered_model_alias(lab.model, "champion", "1"),
+        lambda: lab.mlflow.set_model_version_tag(lab.model, "1", "digest", "sha256:of mine"),
+        lambda: lab.mlflow.copy_model_version(f"models:/{lab.candidates}/2", lab.model),
+    ):
+        with pytest.raises(MlflowException, match=r"(?i)permission|403"):
+            forbidden()
+    code = "code/ffn/inference.py"
+    before = lab.overwrite("2", code, b"raise SystemExit('mine')\n")
+    said = lab.ffn("model", "promote", f"{lab.candidates}/2", "--force", status=2)
+    assert f"{lab.candidates}/2: its files have changed since it was registered" in said
+    assert lab.champion().version == "1"
+    lab.overwrite("2", code, before)
 
 
 def test_a_mistake_is_told_once_and_mended_by_a_retry(lab: Lab) -> None:
@@ -141,6 +164,39 @@ def test_a_lost_pod_a_cancelled_run_and_its_retry(lab: Lab) -> None:
     assert logged == list(range(1, 901))
 
 
+PROMOTE = """
+import sys
+from components import registry
+from components.gate.step import Verdict
+from components.promote.step import promote
+candidate = registry.at("models:/" + sys.argv[1])
+verdict = Verdict(promote=True, reason="at once", digest=candidate.tags["digest"], champion=sys.argv[2])
+print(promote(candidate, verdict, "at once"))
+"""
+
+
+def test_of_two_promotions_at_once_one_is_made(lab: Lab) -> None:
+    """Of the worse candidate and the long one's, both against the champion of now."""
+    before = lab.champion()
+    asked = f"{before.version} {before.tags['digest']}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROMOTE, f"{lab.candidates}/{number}", asked],
+            env={**lab.environment, **lab.promoter}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in ("2", "3")
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], said
+    (refused,) = [err for process, (_, err) in zip(both, said, strict=True) if process.returncode]
+    assert f"{lab.model}: champion is version" in refused or "is being promoted at this moment" in refused
+    winner = lab.champion()
+    assert (winner.tags["replaces"], winner.version) == (before.version, "2")
+    assert lab.mlflow.get_model_version_by_alias(lab.model, "previous").version == before.version
+    lab.ffn("model", "rollback", lab.model)
+    assert lab.champion().version == before.version
+
+
 def test_schedules_make_runs_of_their_own_and_their_end_harms_none(lab: Lab) -> None:
     """Their recordings are not there, so that a run ends soon."""
     source = f"{os.environ['FFN_CLUSTER_RECORDINGS'].rstrip('/')}/{lab.suffix}/nowhere"
@@ -183,8 +239,9 @@ def test_the_champion_is_served_and_a_new_one_takes_its_place(lab: Lab) -> None:
     # Its own follower goes on with its own model every two minutes: not during this.
     serving("patch", "cronjob", "serving-follow", "--patch", '{"spec": {"suspend": true}}')
     serving("set", "env", "deployment/serving", "--containers=download", f"MODEL_NAME={lab.model}")
-    for version in ("1", "2"):
-        lab.ffn("model", "promote", f"{lab.model}/{version}", "--force")
+    for candidate in ("1", "2"):
+        lab.ffn("model", "promote", f"{lab.candidates}/{candidate}", "--force")
+        version = lab.champion().version
         name = f"follow-{lab.suffix}-{version}"
         job = json.loads(serving("create", "job", name, "--from=cronjob/serving-follow", "--dry-run=client", "-o", "json"))
         (container,) = job["spec"]["template"]["spec"]["containers"]
@@ -200,5 +257,19 @@ def test_the_champion_is_served_and_a_new_one_takes_its_place(lab: Lab) -> None:
     (pod, *_) = serving("get", "pods", "-l", "app.kubernetes.io/name=serving", "-o", "name").split()
     serving("delete", pod, "--wait=true")
     assert time.monotonic() - began < 40
+
+    # A model is code: what was changed after its approval never starts.
+    code = "code/ffn/inference.py"
+    before = lab.overwrite("2", code, b"raise SystemExit('mine')\n")
+    (pod, *_) = serving("get", "pods", "-l", "app.kubernetes.io/name=serving", "-o", "name").split()
+    serving("delete", pod, "--wait=true")
+
+    def refusal() -> str:
+        told = ["logs", "-l", "app.kubernetes.io/name=serving", "-c", "download", "--tail=-1", "--ignore-errors"]
+        return next((line for line in serving(*told).splitlines() if "its files have changed since it was approved" in line), "")
+
+    until("a pod that refuses", refusal)
+    lab.overwrite("2", code, before)
+    serving("rollout", "status", "deployment/serving", "--timeout=400s")
     serving("set", "env", "deployment/serving", "--containers=download", "MODEL_NAME-")
     serving("patch", "cronjob", "serving-follow", "--patch", '{"spec": {"suspend": false}}')

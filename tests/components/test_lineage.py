@@ -89,6 +89,12 @@ def test_what_was_measured_is_found_by_the_run_that_registered(store: MlflowClie
     assert registry.measured(registry.Version(name="ffn-p", number="1", tags={}, run="0" * 32)) == {}
 
 
+def test_names_of_candidates_and_champions_say_each_other() -> None:
+    candidate = registry.Version(name="ffn-p-candidates", number="3", tags={})
+    assert (candidate.called, candidate.champions, registry.candidates("ffn-p")) == ("ffn-p-candidates/3", "ffn-p", candidate.name)
+    assert registry.candidates(candidate.name) == candidate.name
+
+
 def test_an_mlflow_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setenv(registry.RETRIES, "0")

@@ -2,11 +2,15 @@
 
 import contextlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import mlflow
 import numpy as np
@@ -18,25 +22,28 @@ from components import registry, tracking
 from components.begin.step import run as begin
 from components.evaluate.step import run as evaluate
 from components.finish.step import run as finish
+from components.finish.step import verdict as let_through
 from components.fuse.step import fuse_all, read_fusion
 from components.fuse.step import run as fuse
-from components.gate.step import decide
+from components.gate.step import Verdict, decide, identity, objection, scores
 from components.gate.step import run as gate
-from components.promote.step import promote, rollback
+from components.promote.step import approve, promote, rollback
 from components.promote.step import run as promote_step
 from components.register.step import require_fit
 from components.register.step import run as register
 from components.registry import Version
 from components.train.step import run as train
 from ffn.checkpoint import Checkpoint
-from ffn.config import preset
+from ffn.config import Policy, preset
 from ffn.data.store import SkeletonSet
 from ffn.errors import FFNError
+from ffn.gate import right
 from ffn.inference import FusedModel
 from ffn.layouts import NTU25
 from ffn.scores import Scores
 from pipeline.local import Workspace
 from pipeline.models import promote as promote_by_hand
+from pipeline.predict import load
 from tests.components.conftest import TINY
 from tests.components.test_tracking import children
 from tests.conftest import toy_recordings, write_set
@@ -82,7 +89,7 @@ def test_from_training_to_champion_everything_twice(store: MlflowClient, toy: Sk
     uri = steps.register()
     (registered,) = (run for run in children(store, steps.parent) if run.info.run_name == "S4/p/register")
     store.delete_tag(registered.info.run_id, "ffn.model")  # a kill between the model and its tag
-    assert steps.register() == uri == "models:/ffn-p/1"
+    assert steps.register() == uri == "models:/ffn-p-candidates/1"
 
     runs = {run.info.run_name: run for run in children(store, steps.parent)}
     assert sorted(runs) == ["S4/p/2s", "S4/p/b", "S4/p/j", "S4/p/register"]
@@ -101,20 +108,24 @@ def test_from_training_to_champion_everything_twice(store: MlflowClient, toy: Sk
     assert figures == {"figures/learning_curves.png", "figures/confusion.png", "figures/per_class.png"}
     assert len(stream.outputs.model_outputs) == 1
 
-    version = registry.version("ffn-p", alias="challenger")
+    version = registry.version("ffn-p-candidates", alias="challenger")
     assert version
     assert version.tags["data_digest"] == toy.digest
     assert float(version.tags["top1"]) == json.loads((tmp_path / "fused" / "result.json").read_text())["top1"]
 
-    assert gate(model=uri, data=toy.path) == "promote"
+    with pytest.raises(SystemExit):
+        promote_step(model=uri)  # that no gate let through
+    assert gate(model=uri, data=toy.path, **ANY) == "promote"
+    assert let_through(registry.at(uri)).endswith("; next: `ffn model promote ffn-p-candidates/1`")
     promote_step(model=uri)
     promote_step(model=uri)
     assert registry.version("ffn-p", alias="previous") is None
-    assert gate(model=uri, data=toy.path) == "hold"
-    champion = registry.version("ffn-p", alias="champion")
+    assert gate(model=uri, data=toy.path, **ANY) == "hold"
+    champion = registry.champion("ffn-p")
     assert champion
-    assert champion.tags["gate"] == "promote"
-    assert champion.tags["promoted_because"] == "there is no champion yet"
+    reason = f"top1 {100 * float(version.tags['top1']):.2f} %, there is no champion yet"
+    assert (champion.tags["gate"], champion.tags["promoted_because"]) == ("promote", reason)
+    assert champion.tags["digest"] == version.tags["digest"] == registry.sealed(uri, tmp_path / "downloaded")
 
     tops = ended("demo", tmp_path)
     assert tops == {
@@ -127,7 +138,7 @@ def test_from_training_to_champion_everything_twice(store: MlflowClient, toy: Sk
     }  # fmt: skip
     text = (tmp_path / "finish" / "table").read_text()
     assert text.startswith("# demo: FINISHED\n\n| protocol")
-    assert "- ffn-p version 1: champion: there is no champion yet" in text
+    assert f"- ffn-p-candidates version 1: champion, as ffn-p version 1: {reason}\n" in text
     assert text.endswith(
         f"MLflow: http://127.0.0.1:5000/#/experiments/{parent.info.experiment_id}/runs/{steps.parent}?workflowType=machine_learning\n"
     )
@@ -157,7 +168,8 @@ def test_the_registered_model_is_the_fused_one_with_preprocessing_inside(
         place[: clip.shape[0], : clip.shape[1]] = clip
     said = model.predict(batch)
     assert isinstance(said, pd.DataFrame)
-    wanted = FusedModel.load(registry.download(registry.at(uri))).predict(clips)
+    with registry.fused(registry.at(uri)) as folder:
+        wanted = FusedModel.load(folder).predict(clips)
     got = np.array([list(row.values()) for row in said["probabilities"]])
     np.testing.assert_allclose(got, wanted, atol=1e-6)
     assert list(said["label"]) == [toy.classes[k] for k in wanted.argmax(1)]
@@ -165,135 +177,324 @@ def test_the_registered_model_is_the_fused_one_with_preprocessing_inside(
         model.predict(np.zeros((1, 2, 8, 17, 3), np.float32))
 
 
-def version(number: int, **tags: str) -> Version:
-    usual = {"protocol": "p", "layout": "ntu25", "space": "3d", "classes_digest": "c", "data_digest": "d", "top1": "0.5"}
-    return Version(name="ffn-p", number=str(number), tags={**usual, **tags})
+ANY = asdict(Policy(floor=0, significance=0))
+"""A policy by which only what is worse is held: of eight samples."""
+
+
+def version(number: int, name: str = "ffn-p-candidates", **tags: str) -> Version:
+    usual = {"protocol": "p", "layout": "ntu25", "space": "3d", "classes_digest": "c", "digest": f"sha256:{number}"}
+    return Version(name=name, number=str(number), tags={**usual, **tags})
 
 
 @pytest.mark.parametrize(
-    ("challenger", "verdict", "reason"),
+    ("challenger", "reason"),
     [
-        ({"top1": "0.5"}, "promote", "top1 50.00 % is not worse than 50.00 % of champion version 1"),
-        ({"top1": "0.499"}, "hold", "top1 49.90 % is worse than 50.00 % of champion version 1"),
-        ({"top1": "0.9", "classes_digest": "e"}, "hold", "not comparable with champion version 1: classes_digest e against c"),
-        ({"top1": "0.9", "layout_digest": "l"}, "hold", "not comparable with champion version 1: layout_digest l against None"),
-        ({"top1": "0.9", "space": "2d"}, "hold", "not comparable with champion version 1: space 2d against 3d"),
-        (
-            {"top1": "0.9", "rolled_back": "2026-01-01"},
-            "hold",
-            "it was rolled back by hand (2026-01-01); promote it by hand, with --force",
-        ),
+        ({"classes_digest": "e"}, "not comparable with champion version 1: classes_digest e against c"),
+        ({"layout_digest": "l"}, "not comparable with champion version 1: layout_digest l against None"),
+        ({"space": "2d"}, "not comparable with champion version 1: space 2d against 3d"),
     ],
 )
-def test_the_gate_lets_through_what_is_not_worse(challenger: dict[str, str], verdict: str, reason: str) -> None:
-    assert decide(version(2, **challenger), version(1), Path("unused")) == (verdict, reason)
+def test_what_cannot_be_compared_is_held_unmeasured(store: MlflowClient, challenger: dict[str, str], reason: str) -> None:
+    verdict = decide(version(2, **challenger), version(1, "ffn-p"), Path("unread"), Policy())
+    assert verdict == Verdict(promote=False, reason=reason, digest="sha256:2", champion="1 sha256:1")
+    assert Verdict.of(version(2, **verdict.tags)) == verdict
+    assert objection(version(2), version(1, "ffn-p", digest="")).startswith("champion version 1 is of earlier days")
 
 
-def test_a_champion_of_other_data_is_measured_again_on_the_present(store: MlflowClient, toy: SkeletonSet, tmp_path: Path) -> None:
+def test_champion_and_challenger_are_measured_on_the_challengers_data(
+    store: MlflowClient, toy: SkeletonSet, tmp_path: Path
+) -> None:
     old = Pipeline(toy.path, tmp_path / "old").register()
+    assert gate(model=old, data=toy.path, **ANY) == "promote"
     promote_step(model=old)
     arrays, labels = toy_recordings(seed=1)
     fresh = write_set(tmp_path / "fresh.arrow", arrays, "3d", labels=labels)
     new = Pipeline(fresh.path, tmp_path / "new", name="fresh").register("training.epochs=1")
-    gate(model=new, data=fresh.path)
-    reason = registry.at(new).tags["gate_reason"]
-    assert reason.endswith(f"of champion version 1, measured again on data {fresh.digest}")
+    said = gate(model=new, data=fresh.path, **ANY)
+    candidate, champion = registry.at(new), registry.champion("ffn-p")
+    assert champion
+    verdict = Verdict.of(candidate)
+    assert verdict
+    assert (verdict.promote, verdict.champion) == (said == "promote", f"1 {champion.tags['digest']}")
+    ours, theirs = (float(right(scores(one, fresh)).mean()) for one in (candidate, champion))
+    assert verdict.reason.startswith(f"top1 {100 * ours:.2f} % against {100 * theirs:.2f} % of champion version 1: ")
+    assert float(candidate.tags["top1"]) == ours
+    assert gate(model=new, data=fresh.path, **{**ANY, "floor": 1.0}) == "hold"
+    assert registry.at(new).tags["gate_reason"].endswith("below the floor of 100.00 %")
 
 
-def three_versions(store: MlflowClient) -> list[Version]:
-    experiment = store.create_experiment("models")
-    run = store.create_run(experiment).info.run_id
+def test_a_model_that_changed_is_neither_measured_nor_promoted_nor_loaded(
+    store: MlflowClient, toy: SkeletonSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = Pipeline(toy.path, tmp_path / "steps").register()
+    assert gate(model=uri, data=toy.path, **ANY) == "promote"
+    code = files(store, uri) / "code" / "ffn" / "evil.py"
+    workspace = Workspace(root=tmp_path)
+    whole = registry.at(uri).tags["digest"]
+
+    code.write_text("")  # whose account writes artifacts writes tags of candidates too
+    with registry_digest(uri, tmp_path):
+        for step, given in ((promote_step, {}), (gate, {"data": toy.path, **ANY})):
+            if step is gate:
+                registry.mark(registry.at(uri), {"digest": whole})
+            with pytest.raises(SystemExit):
+                step(model=uri, **given)
+        said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert "ffn-p-candidates/1: its files have changed since the gate measured them" in said[0]
+        assert "ffn-p-candidates/1: its files have changed since it was registered" in said[1]
+        assert registry.champion("ffn-p") is None
+
+    code.unlink()
+    promote_step(model=uri)
+    assert load("ffn-p", [], workspace).classes == toy.classes
+    code.write_text("")
+    with pytest.raises(FFNError, match=r"ffn-p/1: its files have changed since it was approved: digest .* it is not loaded"):
+        load("ffn-p", [], workspace)
+
+
+@contextlib.contextmanager
+def registry_digest(uri: str, tmp_path: Path) -> Iterator[None]:
+    """Inside the block the candidate says of itself the digest of what its files are now."""
+    candidate = registry.at(uri)
+    registry.mark(candidate, {"digest": registry.sealed(uri, tmp_path / "forged")})
+    yield
+    registry.mark(candidate, {"digest": candidate.tags["digest"]})
+
+
+def test_what_carries_no_digest_is_not_loaded(store: MlflowClient, tmp_path: Path) -> None:
+    with pytest.raises(FFNError, match="ffn-p-candidates/1: it carries no digest of its files"):
+        registry.fetch(version(1, digest=""), tmp_path)
+
+
+def test_what_loading_in_place_leaves_behind_is_not_the_models(store: MlflowClient, toy: SkeletonSet, tmp_path: Path) -> None:
+    candidate = registry.at(Pipeline(toy.path, tmp_path / "steps").register())
+    compiled = files(store, candidate.uri) / "code" / "ffn" / "__pycache__"
+    compiled.mkdir()
+    (compiled / "evil.pyc").write_text("")
+    with registry.fused(candidate) as folder:
+        assert not list(folder.parents[1].rglob("__pycache__"))
+
+
+def files(store: MlflowClient, uri: str) -> Path:
+    """Where the files of a version are."""
+    version = registry.at(uri)
+    return Path(urlsplit(store.get_model_version_download_uri(version.name, version.number)).path)
+
+
+def three_candidates(store: MlflowClient) -> list[Version]:
+    """Without files."""
+    run = store.create_run(store.create_experiment("models")).info.run_id
     return [
-        registry.register("ffn-p", f"runs:/{run}/model-{number}", key=str(number), run=run, tags={"top1": "0.5"})
+        registry.register(
+            "ffn-p-candidates", f"runs:/{run}/model-{number}", key=str(number), run=run,
+            tags={"top1": "0.5", "digest": f"sha256:{number}"},
+        )
         for number in range(3)
-    ]
+    ]  # fmt: skip
+
+
+def verdict(candidate: Version) -> Verdict:
+    """One that lets through, against the present champion."""
+    against = identity(registry.champion("ffn-p"))
+    return Verdict(promote=True, reason="better", digest=candidate.tags["digest"], champion=against)
 
 
 def aliases() -> dict[str, str]:
+    """Alias -> the candidate that its version was made of."""
     found = {alias: registry.version("ffn-p", alias=alias) for alias in ("champion", "previous")}
-    return {alias: version.number for alias, version in found.items() if version}
+    return {alias: version.tags["candidate"].rpartition("/")[2] for alias, version in found.items() if version}
 
 
-def test_by_hand_the_gate_decides_too(store: MlflowClient, tmp_path: Path) -> None:
-    one, two, three = three_versions(store)
-    same = {"data_digest": "d", "classes_digest": "c"}
-    for each, top1 in ((one, "0.5"), (two, "0.4"), (three, "0.6")):
-        registry.mark(each, {**same, "top1": top1})
+def approved(candidate: Version) -> str:
+    return approve(candidate, verdict(candidate), "better")
 
-    def by_hand(number: str, **how: Any) -> tuple[bool, str]:
-        return promote_by_hand(f"ffn-p/{number}", workspace=Workspace(root=tmp_path), **how)
 
-    assert by_hand("1", reason="the first")[0]
-    assert registry.at(one.uri).tags["promoted_because"] == "the first"
-    done, said = by_hand("2")
-    assert (done, aliases()) == (False, {"champion": "1"})
-    assert "40.00 % is worse than 50.00 %" in said
-    assert by_hand("3", dry_run=True) == (
-        True, "ffn-p version 3 would be champion: top1 60.00 % is not worse than 50.00 % of champion version 1",
-    )  # fmt: skip
-    assert aliases() == {"champion": "1"}
-    assert by_hand("2", force=True)[0]
-    assert aliases() == {"champion": "2", "previous": "1"}
-    assert by_hand("3", to="shadow") == (True, "ffn-p version 3 is shadow")
-    assert by_hand("2") == (True, "ffn-p version 2 is champion already")
-    registry.mark(three, {"data_digest": "other"})
-    assert "was measured on other data" in by_hand("3")[1]
+def test_a_champion_is_a_copy_that_says_what_it_was(store: MlflowClient) -> None:
+    one, two, _ = three_candidates(store)
+    registry.mark(
+        two, {"rolled_back": "long ago", "candidate": "ffn-p-candidates/9", "digest": "sha256:of another", "mlflow.x": "y"}
+    )
+    assert approved(one) == "ffn-p version 1 is champion: ffn-p-candidates/1"
+    assert approve(registry.at(two.uri), verdict(two), "better") == (
+        "ffn-p version 2 is champion: ffn-p-candidates/2, version 1 previous"
+    )
+    champion = registry.champion("ffn-p")
+    assert champion
+    assert champion.tags.items() >= {
+        "candidate": "ffn-p-candidates/2", "replaces": "1", "digest": "sha256:1", "top1": "0.5", "promoted_because": "better",
+        "gate": "promote", "gate_champion": "1 sha256:0", "rolled_back": "",
+    }.items()  # fmt: skip
+    assert "mlflow.x" not in champion.tags
+    assert store.get_model_version("ffn-p", "2").source == two.uri
+    assert registry.version("ffn-p-candidates", alias="champion") is None
+
+
+def test_a_champion_that_has_moved_since_the_gate_is_not_replaced(store: MlflowClient, tmp_path: Path) -> None:
+    one, two, three = three_candidates(store)
+    early = verdict(two)
+    approved(one)
+    again = "ask the gate again with `ffn model promote ffn-p-candidates/2 --data SET.arrow`, or by a new run"
+    for work in (promote, approve):
+        with pytest.raises(FFNError, match=f"ffn-p: champion is version 1 now, when the gate compared there was none; {again}"):
+            work(two, early, "better")
+    middle = verdict(two)
+    approved(three)
+    with pytest.raises(FFNError, match="ffn-p: champion is version 3 now, when the gate compared it was version 1; "):
+        promote(two, middle, "better")
+    registry.mark(two, middle.tags)
+    with pytest.raises(FFNError, match="ffn-p: champion is version 3 now"):
+        promote_by_hand("ffn-p-candidates/2", dry_run=True, workspace=Workspace(root=tmp_path))
+    assert aliases() == {"champion": "3", "previous": "1"}
+    assert [one.tags["candidate"] for one in registry.rivals("ffn-p", "1")] == ["ffn-p-candidates/3"]
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["of two candidates", "of one candidate"])
+def test_promotions_at_once_end_in_one(store: MlflowClient, same: bool) -> None:
+    """Each compared with the same champion; all begin at once."""
+    one, two, three = three_candidates(store)
+    approved(one)
+    tried = [two, two] if same else [two, three]
+    verdicts, ready, said = [verdict(candidate) for candidate in tried], threading.Barrier(2), list[str | FFNError]()
+
+    def work(candidate: Version, verdict: Verdict) -> None:
+        ready.wait()
+        try:
+            said.append(approve(candidate, verdict, "better"))
+        except FFNError as error:
+            said.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(tried, verdicts, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [str(answer) for answer in said if isinstance(answer, FFNError)]
+    assert len(refused) == (0 if same else 1), said
+    (standing,) = registry.rivals("ffn-p", "1")
+    champion = registry.champion("ffn-p")
+    assert champion
+    assert champion.number == standing.number
+    if not same:
+        assert re.search(r"is being promoted at this moment|champion is version", refused[0])
+
+
+def test_a_promotion_under_way_is_not_overtaken_and_a_dead_one_not_waited_for(
+    store: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, three = three_candidates(store)
+    approved(one)
+    registry.copy(two, {"candidate": two.called, "replaces": "1"})  # then it died
+    with pytest.raises(FFNError, match="ffn-p: ffn-p-candidates/2 is being promoted at this moment, as version 2; ask the gate"):
+        approved(three)
+    assert [version.number for version in registry.rivals("ffn-p", "1")] == ["2"]
+    late = verdict(two)
+    monkeypatch.setattr("components.promote.step.PATIENCE", timedelta(0))
+    assert approved(three) == "ffn-p version 4 is champion: ffn-p-candidates/3, version 1 previous"
+    with pytest.raises(FFNError, match="champion is version 4 now"):
+        approve(two, late, "better")
+
+
+def test_a_rolled_back_candidate_does_not_stand_in_the_way(store: MlflowClient) -> None:
+    one, two, three = three_candidates(store)
+    approved(one)
+    approved(two)
+    rollback("ffn-p")
+    assert objection(two, registry.champion("ffn-p")).startswith("it was rolled back by hand (2")
+    assert approved(three) == "ffn-p version 3 is champion: ffn-p-candidates/3, version 1 previous"
+    rollback("ffn-p")
+    assert approved(two) == "ffn-p version 4 is champion: ffn-p-candidates/2, version 1 previous"
+
+
+def test_by_hand_the_gate_decides_too(
+    store: MlflowClient, toy: SkeletonSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pipeline(toy.path, tmp_path / "1").register()
+    second = Pipeline(toy.path, tmp_path / "2", name="second").register("training.epochs=1", "training.lr=1e-9")
+    workspace = Workspace(root=tmp_path)
+
+    def by_hand(named: str, **how: Any) -> tuple[bool, str]:
+        return promote_by_hand(named, workspace=workspace, **how)
+
+    with pytest.raises(FFNError, match="ffn-p-candidates/1: no gate has measured it yet; --data"):
+        by_hand("ffn-p-candidates/1")
+    monkeypatch.setenv("FFN_FLOOR", "1.0")
+    done, said = by_hand("ffn-p-candidates/1", data=toy.path)
+    assert (done, aliases()) == (False, {})
+    assert re.match(r"ffn-p-candidates version 1 is held: .*; below the floor of 100.00 %; --force promotes it all the same", said)
+    monkeypatch.setenv("FFN_FLOOR", "0")
+    done, said = by_hand("ffn-p-candidates/1", data=toy.path, dry_run=True)
+    assert (done, aliases()) == (True, {})
+    assert said.startswith("ffn-p-candidates version 1 would be champion: top1 ")
+    assert by_hand("ffn-p-candidates/1", data=toy.path, reason="the first")[0]
+    champion = registry.champion("ffn-p")
+    assert champion
+    assert (champion.tags["promoted_because"], champion.tags["gate_champion"]) == ("the first", "none")
+    assert by_hand("ffn-p-candidates/1") == (True, "ffn-p-candidates version 1 is champion already")
+    assert by_hand("ffn-p", to="shadow") == (True, "ffn-p-candidates version 2 is shadow")
+    with pytest.raises(FFNError, match="ffn-p/1: a version of ffn-p has been approved before; candidates are promoted"):
+        by_hand("ffn-p/1")
+
+    gate(model=second, data=toy.path, **{**ANY, "floor": 1.0})
+    assert not by_hand("ffn-p")[0]
+    done, said = by_hand("ffn-p", force=True)
+    assert said == "ffn-p version 2 is champion: ffn-p-candidates/2, version 1 previous: the gate was not asked"
     assert aliases() == {"champion": "2", "previous": "1"}
 
 
 def test_promotion_and_rollback_move_the_aliases_once(store: MlflowClient) -> None:
-    one, two, three = three_versions(store)
-    promote(one, "first")
+    one, two, three = three_candidates(store)
+    approved(one)
     with pytest.raises(FFNError, match="no previous one"):
         rollback("ffn-p")
-    for _ in range(2):
-        promote(two, "better")
-        assert aliases() == {"champion": "2", "previous": "1"}
-    promote(three, "better still")
+    early = verdict(two)
+    approve(two, early, "better")
+    assert approve(two, early, "better") == "ffn-p version 2 is champion already: ffn-p-candidates/2"
+    assert promote(two, early, "better") == "ffn-p version 2 is champion already: ffn-p-candidates/2"
+    assert aliases() == {"champion": "2", "previous": "1"}
+    approved(three)
     rollback("ffn-p")
     assert aliases() == {"champion": "2", "previous": "3"}
-    assert registry.at(three.uri).tags["rolled_back"]
-    promote(three, "by hand, after all")
+    rollback("ffn-p")
     assert aliases() == {"champion": "3", "previous": "2"}
-    assert not registry.at(three.uri).tags["rolled_back"]
     with pytest.raises(FFNError, match="ffn-q: no champion; registered models: ffn-p"):
         rollback("ffn-q")
 
 
-@pytest.mark.parametrize("calls", range(1, 5))
+@pytest.mark.parametrize("calls", range(5))
 def test_a_promotion_or_rollback_that_is_cut_off_is_finished_by_the_next(
     store: MlflowClient, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
-    one, two, _ = three_versions(store)
-    promote(one, "first")
-    registry.mark(two, {"rolled_back": "2026-01-01"})
+    one, two, _ = three_candidates(store)
+    approved(one)
 
     def cut_off(work: Callable[[], str]) -> None:
         """Do `work` twice; the first attempt is killed after its calls that change the registry, as many as `calls`."""
         left = iter(range(calls))
 
-        def until_killed(do: Callable[[Version, Any], None]) -> Callable[[Version, Any], None]:
-            def change(version: Version, what: Any) -> None:
+        def until_killed(do: Callable[[Version, Any], Any]) -> Callable[[Version, Any], Any]:
+            def change(version: Version, what: Any) -> Any:
                 if next(left, None) is None:
                     raise KeyboardInterrupt
-                do(version, what)
+                return do(version, what)
 
             return change
 
         with monkeypatch.context() as patched:
-            for name in ("mark", "point"):
+            for name in ("mark", "point", "copy"):
                 patched.setattr(registry, name, until_killed(getattr(registry, name)))
             with contextlib.suppress(KeyboardInterrupt):
                 work()
                 return
         work()
 
-    cut_off(lambda: promote(two, "better"))
+    early = verdict(two)
+    cut_off(lambda: approve(two, early, "better"))
     assert aliases() == {"champion": "2", "previous": "1"}
-    assert (registry.at(two.uri).tags["promoted_because"], registry.at(two.uri).tags["rolled_back"]) == ("better", "")
+    assert [version.number for version in registry.copies(two)] == ["2"]
     cut_off(lambda: rollback("ffn-p"))
     assert aliases() == {"champion": "1", "previous": "2"}
-    assert (bool(registry.at(two.uri).tags["rolled_back"]), registry.at(one.uri).tags["rolled_back"]) == (True, "")
+    (first,), (second,) = registry.copies(one), registry.copies(two)
+    assert (bool(second.tags["rolled_back"]), first.tags["rolled_back"]) == (True, "")
 
 
 def table(path: Path, *, stream: str = "j", flip: bool = False) -> Path:
@@ -351,9 +552,9 @@ def test_what_does_not_belong_together_is_not_registered(digest: str, fusion: di
 
 
 def test_registering_again_with_the_same_key_gives_the_same_version(store: MlflowClient) -> None:
-    assert [found.number for found in three_versions(store)] == ["1", "2", "3"]
+    assert [found.number for found in three_candidates(store)] == ["1", "2", "3"]
     run = store.create_run(store.create_experiment("again")).info.run_id
-    assert registry.register("ffn-p", f"runs:/{run}/model", key="1", run=run, tags={}).number == "2"
+    assert registry.register("ffn-p-candidates", f"runs:/{run}/model", key="1", run=run, tags={}).number == "2"
 
 
 def test_bad_input_leaves_a_failed_run_and_one_line(

@@ -29,7 +29,7 @@ SECRETS = {
     "s3.env": {"AWS_SECRET_ACCESS_KEY": "of-the-store"},
     "accounts.env": {
         "MLFLOW_AUTH_ADMIN_PASSWORD": "of the administrator", "MLFLOW_FLASK_SERVER_SECRET_KEY": "of the sessions",
-        "MLFLOW_CLIENTS": "pipeline:of the pipeline,serving:of the serving pods",
+        "MLFLOW_CLIENTS": "pipeline:of the pipeline,promoter:of who promotes,serving:of the serving pods",
     },
 }  # fmt: skip
 """What an operator fills in."""

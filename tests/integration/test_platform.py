@@ -26,6 +26,9 @@ SETTINGS = (
     "training.epochs=1", "training.batch_size=4", "model.width=8", "model.depths=1", "clip.frames=8", "clip.test_clips=1",
 )  # fmt: skip
 
+STEPS = {"FFN_PROMOTE": "0", "FFN_FLOOR": "0"}
+"""Of a run with the account of the steps, which makes no champions, and hardly trains."""
+
 # Of one process, in this order: the parts are broken on purpose, and the first test makes the champion that the others need.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("platform")]
 after_a_run = pytest.mark.usefixtures("promoted")
@@ -65,7 +68,7 @@ def ffn(place: Path, platform: Parts, *, until: str = "", account: str = "pipeli
     ]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**clean, **platform.client(account), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+        env={**clean, **platform.client(account), **STEPS, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout
     seen = []
@@ -78,6 +81,15 @@ def ffn(place: Path, platform: Parts, *, until: str = "", account: str = "pipeli
     return process.returncode, "".join(seen) + out, err
 
 
+def promote(place: Path, platform: Parts) -> str:
+    """What `ffn model promote` says to who has the account for it."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "FFN_"))}
+    command = [sys.executable, "-m", "pipeline.cli", "model", "promote", MODEL, "--workspace", str(place / "workspace")]
+    done = subprocess.run(command, cwd=place, env={**clean, **platform.client("promoter")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def client(platform: Parts, monkeypatch: pytest.MonkeyPatch, account: str = "pipeline") -> MlflowClient:
     for name, value in platform.client(account).items():
         monkeypatch.setenv(name, value)
@@ -87,9 +99,11 @@ def client(platform: Parts, monkeypatch: pytest.MonkeyPatch, account: str = "pip
 @pytest.fixture
 def promoted(platform: Parts, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A champion, where a test runs without those before it."""
-    if not client(platform, monkeypatch).search_registered_models():
+    client(platform, monkeypatch)
+    if not champion(MODEL):
         status, out, err = ffn(recordings, platform)
         assert (status, err) == (0, ""), out
+        promote(recordings, platform)
 
 
 def test_a_store_that_breaks_in_mid_run_is_named_and_the_same_command_goes_on(
@@ -106,8 +120,15 @@ def test_a_store_that_breaks_in_mid_run_is_named_and_the_same_command_goes_on(
     mlflow = client(platform, monkeypatch)
     (parent,) = mlflow.search_runs([mlflow.get_experiment_by_name("ffn").experiment_id], "attributes.run_name LIKE 'S4-%'")
     assert parent.info.status == "FINISHED"
+    assert f"next: `ffn model promote {MODEL}-candidates/1`" in out
+    assert promote(recordings, platform).startswith(f"{MODEL} version 1 is champion: {MODEL}-candidates/1")
     assert mlflow.get_model_version_by_alias(MODEL, "champion").version == "1"
     assert {"model.safetensors", "MLmodel", "results.md"} <= {Path(key).name for key in stored(platform)}
+
+
+def expanded(command: list[str], variables: dict[str, str]) -> list[str]:
+    """The command as the kubelet reads it."""
+    return [re.sub(r"\$\((\w+)\)", lambda name: variables[name[1]], word) for word in command]
 
 
 @after_a_run
@@ -125,9 +146,10 @@ def test_the_served_champion_predicts(platform: Parts, monkeypatch: pytest.Monke
 
     base = {"PATH": platform.environment("mlflow")["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(platform.root)}
     settings = base | env_file(K8S / "components/serving/serving.env") | platform.client("serving")
-    missing = subprocess.run(here(download["command"]), env={**settings, "MODEL_VERSION": ""}, capture_output=True, text=True)
-    assert (missing.returncode, missing.stderr) == (1, f"no champion of {MODEL} is served yet: promote one\n")
-    subprocess.run(here(download["command"]), env={**settings, "MODEL_VERSION": "1"}, check=True, capture_output=True)
+    command = here(download["command"])
+    missing = subprocess.run(expanded(command, {**settings, "MODEL_VERSION": ""}), env=settings, capture_output=True, text=True)
+    assert (missing.returncode, missing.stderr) == (2, f"ffn: error: no champion of {MODEL} is served yet: promote one\n")
+    subprocess.run(expanded(command, {**settings, "MODEL_VERSION": "1"}), env=settings, check=True, capture_output=True)
 
     log = platform.root / "serving.log"
     with log.open("wb") as out:
@@ -166,7 +188,7 @@ def test_the_pods_run_in_their_image(platform: Parts) -> None:
 
     def start(container: dict[str, Any], settings: dict[str, str], *mounts: str, wait: bool = True) -> str:
         name = f"{platform.root.name}-{container['name']}"
-        command = [word.replace(":8080", f":{port}") for word in container["command"]]
+        command = expanded([word.replace(":8080", f":{port}") for word in container["command"]], settings)
         done = subprocess.run(
             [
                 "docker", "run", "--rm", f"--name={name}", "--network=host", "--read-only", "--tmpfs=/tmp:mode=1777",

@@ -56,8 +56,25 @@ def test_a_pull_request_trains_its_own_code_and_makes_no_champion() -> None:
     head = "${{ github.event.pull_request.head.sha || github.sha }}"
     (built,) = [step["with"] for step in jobs["image"]["steps"] if "actions/checkout@" in step.get("uses", "")]
     (compiled,) = [step["with"] for step in jobs["run"]["steps"] if "actions/checkout@" in step.get("uses", "")]
-    assert (jobs["image"]["env"]["COMMIT"], compiled["ref"], jobs["run"]["env"]["NAME"]) == (head, head, f"ci-{head}")
+    assert (jobs["image"]["env"]["COMMIT"], jobs["run"]["env"]["NAME"]) == (head, f"ci-{head}")
     assert built["ref"] == "${{ env.COMMIT }}"
+    assert compiled["ref"].startswith("${{ github.event.pull_request.base.sha || github.sha }}")
+
+
+def test_no_code_of_a_pull_request_runs_beside_secrets() -> None:
+    """A job that has one is of a workflow that the base branch says, and checks out what the repository has already."""
+    guarded = []
+    for path in WORKFLOWS:
+        workflow: dict[Any, Any] = read(path)
+        triggers = workflow[True]  # YAML 1.1 reads `on` so
+        for name, job in workflow["jobs"].items():
+            if "secrets." in str(job) or "environment" in job:
+                guarded.append(name)
+                assert "pull_request" not in triggers, (path.name, name)
+                for step in job["steps"]:
+                    if "actions/checkout@" in step.get("uses", "") and "pull_request_target" in triggers:
+                        assert ".head." not in step["with"].get("ref", ".head."), (path.name, name)
+    assert guarded == ["run", "promote"]
 
 
 def test_workflows_and_docs_give_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,11 +184,11 @@ def test_one_of_several_champions_is_to_be_chosen(tmp_path: Path, monkeypatch: p
 
     for name in ("MLFLOW_TRACKING_URI", "FFN_ARTIFACTS"):  # `predict` sets them for its process
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(registry, "registered", lambda: ["ffn-p", "ffn-q", "ffn-r"])
+    monkeypatch.setattr(registry, "registered", lambda: ["ffn-p", "ffn-p-candidates", "ffn-q", "ffn-r"])
     monkeypatch.setattr(
-        registry, "version", lambda name, alias: None if name == "ffn-r" else registry.Version(name=name, number="1", tags={})
+        registry, "champion", lambda name: None if name == "ffn-r" else registry.Version(name=name, number="1", tags={})
     )
     with pytest.raises(FFNError, match=r"2 champions: ffn-p, ffn-q; choose one with --model$"):
         load("", (), Workspace(root=tmp_path))
-    with pytest.raises(FFNError, match="ffn-r: no champion; registered models: ffn-p, ffn-q, ffn-r"):
+    with pytest.raises(FFNError, match="ffn-r: no champion; registered models: ffn-p, ffn-p-candidates, ffn-q, ffn-r"):
         load("ffn-r", (), Workspace(root=tmp_path))

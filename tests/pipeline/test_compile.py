@@ -10,12 +10,12 @@ import yaml
 from kfp import compiler, dsl
 
 from components import wiring
-from ffn.config import STREAMS
+from ffn.config import STREAMS, Policy
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS
 from pipeline.cli import main
-from pipeline.placement import lifetime, place, threads
-from pipeline.settings import Settings, Toleration
+from pipeline.placement import HEAVY, lifetime, place, threads
+from pipeline.settings import Settings, Toleration, policy
 from pipeline.submit import load
 
 GOLDEN = Path(__file__).parent / "golden" / "pipeline.yaml"
@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "FFN_NODE_SELECTOR": "nvidia.com/gpu.product=NVIDIA-H200, pool=train",
     "FFN_TOLERATIONS": "nvidia.com/gpu:NoSchedule,dedicated=ffn:NoExecute",
     "FFN_PARALLELISM": "2",
+    "FFN_PROMOTE": "1",
     "MLFLOW_TRACKING_URI": "http://mlflow.ffn:5000",
     "MLFLOW_TRACKING_USERNAME": "u-s-e-r",
     "MLFLOW_TRACKING_PASSWORD": "p-a-s-s-w-o-r-d",
@@ -114,7 +115,7 @@ def test_sixteen_trainings_ask_for_gpus_two_of_a_protocol_at_once(spec: Spec) ->
         assert sum(number for _, number, _, _ in of) == len(NTU_PROTOCOLS) * len(STREAMS) == 16
         assert {at_once for _, _, at_once, _ in of} == {2}
         assert all(accelerator == gpus for *_, accelerator in of)
-    assert not any(row[3] for row in asked.values() if row[0] not in ("train", "evaluate"))
+    assert {row[0] for row in asked.values() if row[3]} == {"train", "evaluate", "gate"}
 
 
 def test_every_step_has_limits_a_deadline_and_retries_that_outlast_it(spec: Spec) -> None:
@@ -130,13 +131,13 @@ def test_every_step_has_limits_a_deadline_and_retries_that_outlast_it(spec: Spec
 def test_a_process_has_as_many_threads_as_its_limit_has_room_for(spec: Spec) -> None:
     for step, executor, *_ in spec.tasks():
         variables = {entry["name"]: entry["value"] for entry in spec.executors[executor]["container"]["env"]}
-        assert variables["OMP_NUM_THREADS"] == ("8" if step in ("train", "evaluate") else "2")
+        assert variables["OMP_NUM_THREADS"] == ("8" if step in HEAVY else "2")
     assert [threads(cpu) for cpu in ("8", "2.5", "2500m", "500m")] == [8, 2, 2, 1]
 
 
-def test_only_ingest_and_evaluate_are_cached(spec: Spec) -> None:
-    cached = {step for step, *_, task in spec.tasks() if task.get("cachingOptions", {}).get("enableCache")}
-    assert cached == {"ingest", "evaluate"}
+def test_nothing_is_cached_by_kfp(spec: Spec) -> None:
+    """Of what is cached the launcher tells KFP's API, which no step may reach (k8s/runs/network.yaml)."""
+    assert not [step for step, *_, task in spec.tasks() if task.get("cachingOptions", {}).get("enableCache")]
     assert {step for step, *_ in spec.tasks()} == {
         "begin", "ingest", "train", "evaluate", "fuse", "register", "gate", "promote", "results",
     }  # fmt: skip
@@ -204,7 +205,7 @@ def test_states_that_would_not_be_kept_are_refused(
 def test_what_argo_keeps_of_a_run_is_said_by_the_pipeline(tmp_path: Path) -> None:
     @dsl.pipeline(pipeline_config=lifetime())
     def pipeline() -> None:
-        place(wiring.ingest(source="s", source_version="", space="3d"), Settings(image=IMAGE))
+        place(wiring.ingest(source="s", source_version="", space="3d", store="s3://b"), Settings(image=IMAGE))
 
     compiler.Compiler().compile(pipeline, str(tmp_path / "pipeline.yaml"))
     _, platform = yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text())
@@ -213,19 +214,33 @@ def test_what_argo_keeps_of_a_run_is_said_by_the_pipeline(tmp_path: Path) -> Non
     assert kept == {"resourceTtlOnSuccess": 3600, "resourceTtlOnFailure": 86400}
 
 
-def test_promotion_may_be_left_to_a_person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_promotion_is_left_to_a_person_unless_the_steps_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     set_up(monkeypatch)
-    monkeypatch.setenv("FFN_PROMOTE", "0")
+    for given, promotes in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv("FFN_PROMOTE", given)
+        if not given:
+            monkeypatch.delenv("FFN_PROMOTE")
+        assert main(["cluster", "compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 0
+        steps = {step for step, *_ in Spec(tmp_path / "pipeline.yaml").tasks()}
+        assert "gate" in steps
+        assert ("promote" in steps) == promotes
+
+
+def test_the_gate_is_told_its_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_up(monkeypatch)
+    monkeypatch.setenv("FFN_FLOOR", "0.8")
+    monkeypatch.setenv("FFN_MARGIN", "-0.01")
     assert main(["cluster", "compile", "--protocols", "ntu60-xsub", "--out", str(tmp_path / "pipeline.yaml")]) == 0
-    steps = {step for step, *_ in Spec(tmp_path / "pipeline.yaml").tasks()}
-    assert "gate" in steps
-    assert "promote" not in steps
+    (gate,) = [task["inputs"]["parameters"] for step, *_, task in Spec(tmp_path / "pipeline.yaml").tasks() if step == "gate"]
+    told = {name: gate[name]["runtimeValue"]["constant"] for name in ("floor", "margin", "significance", "class_drop")}
+    assert told == {"floor": 0.8, "margin": -0.01, "significance": 0.05, "class_drop": 0.2}
+    assert policy() == Policy(floor=0.8, margin=-0.01)
 
 
 def test_heavy_steps_run_on_chosen_nodes_with_memory_to_share(spec: Spec) -> None:
     for step, executor, *_ in spec.tasks():
         pod = spec.pods[executor]
-        heavy = step in ("train", "evaluate")
+        heavy = step in HEAVY
         selector = {"nvidia.com/gpu.product": "NVIDIA-H200", "pool": "train"}
         assert pod.get("nodeSelector", {}).get("labels", {}) == (selector if heavy else {})
         assert [(t["key"], t["operator"], t.get("value"), t["effect"]) for t in pod.get("tolerations", [])] == (
@@ -297,6 +312,8 @@ def test_a_private_authority_is_trusted_by_both_clients(spec: Spec) -> None:
         ("FFN_MEMORY", "32 GB", "FFN_MEMORY='32 GB': expected a quantity"),
         ("FFN_HOURS", "1.5", "FFN_HOURS='1.5': expected a whole number"),
         ("FFN_PROMOTE", "no", "FFN_PROMOTE='no': expected 0 or 1"),
+        ("FFN_FLOOR", "half", "FFN_FLOOR='half': expected a fraction, as 0.5"),
+        ("FFN_FLOOR", "50", "gate: floor is 50.0, expected a fraction from 0 to 1"),
         ("MLFLOW_TRACKING_URI", "http://a:b@mlflow", "MLFLOW_TRACKING_URI holds a password"),
     ],
 )

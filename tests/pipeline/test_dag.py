@@ -52,8 +52,8 @@ def container(spec: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_protocol_trains_every_stream(spec: dict[str, Any]) -> None:
     found = tasks(spec)
-    assert {name: len(found[name]) for name in ("begin", "ingest", "train", "fuse", "promote", "results")} == {
-        "begin": 1, "ingest": 1, "train": 4, "fuse": 4, "promote": 4, "results": 1,
+    assert {name: len(found[name]) for name in ("begin", "ingest", "train", "fuse", "gate", "results")} == {
+        "begin": 1, "ingest": 1, "train": 4, "fuse": 4, "gate": 4, "results": 1,
     }  # fmt: skip
     loops = found["streams j b jm bm"]
     assert [json.loads(loop["parameterIterator"]["items"]["raw"]) for loop in loops] == [list(STREAMS)] * 4
@@ -67,8 +67,8 @@ def test_a_cluster_is_asked_for_gpus_where_they_are_used(spec: dict[str, Any]) -
         for name, of in tasks(spec).items()
         if "executorLabel" in spec["components"][of[0]["componentRef"]["name"]]
     }
-    assert asked == {name: {{"train": "2", "evaluate": "1"}.get(name, "0")} for name in asked}
-    assert len(asked) == 9
+    assert asked == {name: {{"train": "2", "evaluate": "1", "gate": "1"}.get(name, "0")} for name in asked}
+    assert len(asked) == 8
 
 
 def test_every_step_runs_in_the_image_of_the_settings(spec: dict[str, Any]) -> None:
@@ -77,11 +77,6 @@ def test_every_step_runs_in_the_image_of_the_settings(spec: dict[str, Any]) -> N
             if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
                 assert container(spec, task)["image"] == DIGEST
                 assert {"name": "A", "value": "b"} in container(spec, task)["env"]
-
-
-def test_only_steps_without_side_effects_are_cached_on_a_cluster(spec: dict[str, Any]) -> None:
-    cached = {name for name, of in tasks(spec).items() for task in of if task.get("cachingOptions", {}).get("enableCache")}
-    assert cached == {"ingest", "evaluate"}
 
 
 def test_on_this_machine_nothing_is_asked_for_and_work_is_cached(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Laptop:
         ]  # fmt: skip
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "FFN_"))}
         # One thread, as in this process: the weights below are compared to the bit.
-        env = {**clean, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        env = {**clean, "FFN_FLOOR": "0", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             command, cwd=self.root, env=env, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,

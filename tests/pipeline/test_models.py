@@ -9,6 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from components import registry, tracking
+from components.gate.step import Verdict
 from components.promote.step import promote
 from components.registry import Version
 from ffn.data.store import SkeletonSet
@@ -26,18 +27,18 @@ def version(number: int, name: str = "ffn-p", aliases: tuple[str, ...] = (), **t
 
 def test_a_line_per_version_under_its_model() -> None:
     whole = {"protocol": "p", "preset": "S4", "top1": "0.5", "data_digest": "d" * 16, "run": "first", "git_commit": "c" * 40}
-    listed = models.table(
-        {"ffn-p": [version(10, aliases=("challenger", "champion"), **whole), version(9)], "ffn-q": [version(1, "ffn-q", **whole)]}
-    )
+    champion = version(1, aliases=("champion",), candidate="ffn-p-candidates/10", gate="promote", **whole)
+    candidates = [version(10, aliases=("challenger",), gate="promote", **whole), version(9)]
+    listed = models.table({"ffn-p": [champion], "ffn-p-candidates": candidates})
     assert listed.splitlines() == [
         "ffn-p",
-        "  version  aliases              protocol  preset     top1  data              run    commit   registered (UTC)",
-        "       10  challenger champion  p         S4      50.00 %  dddddddddddddddd  first  ccccccc  2026-01-02 03:04",
-        "        9  -                    -         -             -  -                 -      -        2026-01-02 03:04",
+        "  version  aliases     gate          protocol  preset     top1  data              run    commit   registered (UTC)",
+        "        1  champion    candidate 10  p         S4      50.00 %  dddddddddddddddd  first  ccccccc  2026-01-02 03:04",
         "",
-        "ffn-q",
-        "  version  aliases              protocol  preset     top1  data              run    commit   registered (UTC)",
-        "        1  -                    p         S4      50.00 %  dddddddddddddddd  first  ccccccc  2026-01-02 03:04",
+        "ffn-p-candidates",
+        "  version  aliases     gate          protocol  preset     top1  data              run    commit   registered (UTC)",
+        "       10  challenger  promote       p         S4      50.00 %  dddddddddddddddd  first  ccccccc  2026-01-02 03:04",
+        "        9  -           -             -         -             -  -                 -      -        2026-01-02 03:04",
     ]
 
 
@@ -143,17 +144,17 @@ def test_two_versions_of_a_pipeline_compared_on_the_command_line(
     steps = Pipeline(toy.path, tmp_path / "1")
     for name in ("git_commit", "pipeline_version"):  # as of a version that is older than these facts
         store.delete_tag(steps.parent, tracking.LINEAGE[name])
-    first = steps.register()
-    promote(registry.at(first), "the first")
+    first = registry.at(steps.register())
+    promote(first, Verdict(promote=True, reason="the first", digest=first.tags["digest"], champion="none"), "the first")
     second = Pipeline(toy.path, tmp_path / "2", name="second")
     for name, value in {"git_commit": "c" * 40, "image": "ffn@sha256:1", "pipeline_version": "7"}.items():
         store.set_tag(second.parent, tracking.LINEAGE[name], value)
     second.register("training.epochs=1", "clip.rotate=0.5")
     capsys.readouterr()
 
-    assert main(["model", "diff", "ffn-p@champion", "ffn-p/2", "--workspace", str(tmp_path)]) == 0
+    assert main(["model", "diff", "ffn-p@champion", "ffn-p-candidates/2", "--workspace", str(tmp_path)]) == 0
     said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert [line.partition(" registered ")[0] for line in said[:2]] == ["ffn-p/1 champion", "ffn-p/2 challenger"]
+    assert [line.partition(" registered ")[0] for line in said[:2]] == ["ffn-p/1 champion", "ffn-p-candidates/2 challenger"]
     assert said[1].endswith("UTC run second")
     lines = {
         "code commit (not recorded) ccccccc",
@@ -163,14 +164,14 @@ def test_two_versions_of_a_pipeline_compared_on_the_command_line(
         "training.epochs 2 1",
     }
     assert lines <= set(said)
-    facts = difference.facts(registry.find("ffn-p/2"))
+    facts = difference.facts(registry.find("ffn-p-candidates/2"))
     assert facts.parts["data"].items() >= {"samples": "24", "training samples": "16", "held-out samples": "8"}.items()
     assert (list(facts.parts["accuracy"]), facts.classes) == (["j", "b", "2s"], toy.classes)
 
     assert main(["model", "diff", "ffn-p/1", "ffn-p@champion", "--workspace", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "ffn-p/1 and ffn-p@champion are the same version: ffn-p/1\n"
-    assert main(["model", "diff", "ffn-p/1", "ffn-p/7", "--workspace", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "ffn: error: ffn-p: no version 7: expected one of 2, 1\n"
+    assert main(["model", "diff", "ffn-p/1", "ffn-p-candidates/7", "--workspace", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "ffn: error: ffn-p-candidates: no version 7: expected one of 2, 1\n"
     (tmp_path / "artifacts").rename(tmp_path / "gone")
-    assert main(["model", "diff", "ffn-p/1", "ffn-p/2", "--workspace", str(tmp_path)]) == 2
+    assert main(["model", "diff", "ffn-p/1", "ffn-p-candidates/2", "--workspace", str(tmp_path)]) == 2
     assert "models:/ffn-p/1: artifacts/fused/fusion.json cannot be read" in capsys.readouterr().err

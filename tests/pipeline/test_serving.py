@@ -130,6 +130,11 @@ def test_refusals_are_named_and_change_nothing(
         follow("m", DEPLOYMENT)
 
 
+def test_a_pod_fetches_nothing_before_there_is_a_champion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["download", "m", "", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "ffn: error: no champion of m is served yet: promote one\n"
+
+
 def row(label: str, **probabilities: float) -> Any:
     return {"predictions": [{"label": label, "probability": 1.0, "probabilities": probabilities}]}
 
