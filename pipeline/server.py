@@ -8,6 +8,7 @@ Answers are taken as the JSON that they are (`_preload_content=False`). The clie
 (models/v2beta1_get_healthz_response.py:35).
 """
 
+import contextlib
 import json
 import os
 import random
@@ -126,6 +127,11 @@ class Server:
     def ask(self, call: Call, *given: str, patience: float | None = None, **more: object) -> Json:
         """The answer to a call that does no harm when it is made twice. Raises `Unreachable`, `Refused`, `NotThere`, `FFNError`."""
         return self._persist(lambda: self._once(call, *given, **more), patience)
+
+    def delete(self, call: Call, *given: str) -> None:
+        """A call that deletes; gone already is done. Raises as `ask`."""
+        with contextlib.suppress(NotThere):
+            self.ask(call, *given)
 
     def create(self, find: Callable[[], Json | None], call: Call, *given: object, **more: object) -> tuple[Json, bool]:
         """What `find` finds, or else what the call makes; and whether it was made.

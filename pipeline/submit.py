@@ -1,6 +1,5 @@
 """A compiled pipeline on KFP: uploaded as a version, submitted once however often it is asked for, put on a schedule."""
 
-import contextlib
 import re
 import time
 import uuid
@@ -13,7 +12,7 @@ import yaml
 
 from ffn import config as configuration
 from ffn.errors import FFNError
-from pipeline.server import Call, Json, NotThere, Server, equals
+from pipeline.server import Call, Json, Server, equals
 from pipeline.settings import DIGEST, NAME
 from pipeline.watch import CANCEL_PATIENCE, ENDS, Status, cancel, close
 
@@ -266,8 +265,7 @@ def _end_schedule(server: Server, entry: Json) -> Json | None:
         time.sleep(WAIT_SECONDS)
         found = going()
     if not found:
-        with contextlib.suppress(NotThere):
-            server.ask(server.schedules.recurring_run_service_delete_recurring_run, schedule)
+        server.delete(server.schedules.recurring_run_service_delete_recurring_run, schedule)
     return found
 
 
