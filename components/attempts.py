@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from components import LABEL, Mistake, cluster, say
-from ffn.errors import Fault
+from ffn.errors import Fault, FFNError
 
 ATTEMPTS = "FFN_ATTEMPTS"
 """Variable with the number of attempts; without it (on one machine) there is one, in this process."""
@@ -136,7 +136,11 @@ def _require_first(step: str, inputs: Mapping[str, Any]) -> None:
     from components import tracking
 
     what = label(step, inputs)
-    parent = inputs.get("parent") or tracking.present()
+    try:
+        parent = inputs.get("parent") or tracking.present()
+    except FFNError as error:
+        say(f"whether {what} failed before in this run is not known: {error}")
+        return
     if parent and (said := tracking.failure(parent, what)):
         text = f"{what} failed before in this run: {said}; `ffn cluster submit --retry` begins a new one that goes on from here"
         print(f"ffn: error: {text}", file=sys.stderr)

@@ -1,7 +1,4 @@
-"""The cluster that a step runs in: where it is, and what became of another pipeline run. Asked through the Kubernetes API.
-
-A step's image holds no client of it; what is asked is one list of Argo's workflows.
-"""
+"""The cluster that a step runs in: where it is, and what became of another pipeline run. Asked through the Kubernetes API."""
 
 import base64
 import gzip
@@ -10,8 +7,6 @@ import json
 import os
 from pathlib import Path
 from typing import Any
-
-import requests
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """What Kubernetes mounts into a pod: its account's token, its namespace, its cluster's authority."""
@@ -44,13 +39,18 @@ def pod() -> str:
 def run() -> str:
     """KFP's id of the pipeline run that this pod is of; empty outside of one.
 
-    Raises `requests.RequestException` where the Kubernetes API does not answer or refuses.
+    Raises `FFNError` where the Kubernetes API does not answer or refuses.
 
     Source: KFP 2.17.0, backend/src/common/util/consts.go:48.
     """
     if not inside():
         return ""
-    return str(_ask(f"api/v1/namespaces/{namespace()}/pods/{pod()}")["metadata"].get("labels", {}).get(RUN_LABEL, ""))
+    from kubernetes.client import CoreV1Api
+
+    from components import kube
+
+    found = kube.ask(CoreV1Api(kube.account()).read_namespaced_pod, pod(), namespace())
+    return str(found["metadata"].get("labels", {}).get(RUN_LABEL, ""))
 
 
 def where() -> str:
@@ -63,12 +63,12 @@ def where() -> str:
 def state(run: str) -> str:
     """What MLflow should say of the pipeline run with that id of KFP, in this namespace: RUNNING, FINISHED, FAILED or KILLED.
 
-    Raises `requests.RequestException` where the Kubernetes API does not answer or refuses.
+    Raises `FFNError` where the Kubernetes API does not answer or refuses.
 
     Source: KFP 2.17.0 ends a run by a deadline of 0 seconds (backend/src/common/util/execution_spec.go:299, workflow.go:315).
     A workflow that is not there was deleted, with its schedule, by hand, or by Argo some hours after it ended.
     """
-    found = _ask(f"apis/argoproj.io/v1alpha1/namespaces/{namespace()}/workflows", labelSelector=f"{RUN_LABEL}={run}").get("items")
+    found = _workflows(run)
     if not found:
         return "KILLED"
     phase, spec = found[0].get("status", {}).get("phase", ""), found[0].get("spec", {})
@@ -82,13 +82,12 @@ def state(run: str) -> str:
 def broken(run: str) -> bool:
     """Whether what the exit handler guards failed in the pipeline run of that id, which is still at its end.
 
-    Raises `requests.RequestException` where the Kubernetes API does not answer or refuses.
+    Raises `FFNError` where the Kubernetes API does not answer or refuses.
 
     Source: KFP 2.17.0 compiles `dsl.ExitHandler` to a task that the SDK calls `exit-handler-1`
     (sdk/python/kfp/compiler/compiler_utils.py); its node fails with any in it.
     """
-    found = _ask(f"apis/argoproj.io/v1alpha1/namespaces/{namespace()}/workflows", labelSelector=f"{RUN_LABEL}={run}").get("items")
-    nodes = [node for workflow in found or [] for node in argo_nodes(workflow.get("status") or {}).values()]
+    nodes = [node for workflow in _workflows(run) for node in argo_nodes(workflow.get("status") or {}).values()]
     guarded = [node for node in nodes if node.get("displayName") == "exit-handler-1"]
     return not guarded or any(node.get("phase") in ("Failed", "Error") for node in guarded)
 
@@ -100,18 +99,10 @@ def argo_nodes(status: dict[str, Any]) -> dict[str, Any]:
     return dict(status.get("nodes") or {})
 
 
-def _ask(path: str, **query: str) -> dict[str, Any]:
-    """What the Kubernetes API says there, to the account of this pod."""
-    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
-    answer = requests.get(
-        f"https://{f'[{host}]' if ':' in host else host}:{port}/{path}",
-        params=query,
-        headers={"Authorization": f"Bearer {(ACCOUNT / 'token').read_text().strip()}"},
-        verify=str(ACCOUNT / "ca.crt"),
-        timeout=30,
-    )
-    answer.raise_for_status()
-    return dict(answer.json())
+def _workflows(run: str) -> list[dict[str, Any]]:
+    from components import kube
+
+    return kube.workflows(kube.account(), namespace(), run)
 
 
 def leave_word(text: str) -> None:

@@ -172,24 +172,18 @@ def _us() -> str:
 
 def _allowed(rights: Sequence[dict[str, str]]) -> tuple[str, list[bool | None]]:
     """Where Kubernetes' API answers, and which of the rights our own account has; whoever we are may ask that."""
-    import requests
+    from kubernetes.client import AuthorizationV1Api
 
-    from components.cluster import ACCOUNT
+    from components import kube
 
-    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
-    where = f"https://{f'[{host}]' if ':' in host else host}:{port}"
-    headers = {"Authorization": f"Bearer {(ACCOUNT / 'token').read_text().strip()}"}
+    api = kube.account()
 
     def allowed(spec: dict[str, Any]) -> bool:
-        answer = requests.post(
-            f"{where}/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
-            json={"spec": spec}, headers=headers, verify=str(ACCOUNT / "ca.crt"), timeout=10,
-        )  # fmt: skip
-        answer.raise_for_status()
-        return bool(answer.json()["status"].get("allowed"))
+        answer = kube.ask(AuthorizationV1Api(api).create_self_subject_access_review, {"spec": spec})
+        return bool(answer["status"].get("allowed"))
 
     allowed({"nonResourceAttributes": {"path": "/version", "verb": "get"}})  # it answers, whatever it says
-    return where, [allowed({"resourceAttributes": right}) for right in rights]
+    return str(api.configuration.host), [allowed({"resourceAttributes": right}) for right in rights]
 
 
 def main() -> None:

@@ -15,8 +15,11 @@ from enum import StrEnum
 from types import FrameType
 from typing import NoReturn
 
+from kubernetes.client import CoreV1Api
+
+from components import kube
+from components.kube import Absent, Denied, Json, Rejected
 from pipeline import placement
-from pipeline.kube import Absent, Cluster, Denied, Json, Rejected
 from pipeline.settings import Settings
 
 PREFIX = "ffn-check-"
@@ -199,44 +202,44 @@ def _of_a_run(made: Json, executor: Json | None) -> Json:
     return made
 
 
-def dry_run(cluster: Cluster, namespace: str, pod: Json) -> tuple[Outcome, Json]:
+def dry_run(core: CoreV1Api, namespace: str, pod: Json) -> tuple[Outcome, Json]:
     """Whether the API would take the pod, and the pod as its admissions changed it. Raises `Denied`."""
     try:
-        return Outcome(end=End.TOLD), cluster.post(_pods(namespace), pod, dryRun="All")
+        return Outcome(end=End.TOLD), kube.ask(core.create_namespaced_pod, namespace, pod, dry_run="All")
     except (Rejected, Absent) as error:
         return Outcome(end=End.REFUSED, said=str(error)), {}
 
 
-def run(cluster: Cluster, namespace: str, pod: Json, *, patience: float = PLACE_SECONDS) -> Outcome:
+def run(core: CoreV1Api, namespace: str, pod: Json, *, patience: float = PLACE_SECONDS) -> Outcome:
     """What becomes of the pod within `SECONDS`; it is deleted, whatever happens. Raises `Denied`.
 
     `patience` is for a node: where a cluster makes nodes as they are needed it takes longer.
     """
-    path = f"{_pods(namespace)}/{pod['metadata']['name']}"
+    name = pod["metadata"]["name"]
     with _terminable():
         try:
             try:
-                cluster.post(_pods(namespace), pod)
+                kube.ask(core.create_namespaced_pod, namespace, pod)
             except (Rejected, Absent) as error:
                 return Outcome(end=End.REFUSED, said=str(error))
-            return _follow(cluster, namespace, path, patience)
+            return _follow(core, namespace, name, patience)
         finally:
-            with _deaf():
-                cluster.delete(path, gracePeriodSeconds="1")
+            with _deaf(), contextlib.suppress(Absent):
+                kube.ask(core.delete_namespaced_pod, name, namespace, grace_period_seconds=1)
 
 
-def _follow(cluster: Cluster, namespace: str, path: str, patience: float) -> Outcome:
+def _follow(core: CoreV1Api, namespace: str, name: str, patience: float) -> Outcome:
     began = time.monotonic()
     while True:
         try:
-            now = cluster.get(path)
+            now = kube.ask(core.read_namespaced_pod, name, namespace)
         except Absent:
             return Outcome(end=End.DIED, said="somebody deleted it")
         waited = time.monotonic() - began
         if outcome := judge(now, placed_late=waited > patience):
             return outcome
         if waited > SECONDS:
-            return Outcome(end=End.LATE, said=f"{_phase(now)} after {SECONDS} s{_last_event(cluster, namespace, path)}")
+            return Outcome(end=End.LATE, said=f"{_phase(now)} after {SECONDS} s{_last_event(core, namespace, name)}")
         time.sleep(POLL_SECONDS)
 
 
@@ -283,19 +286,15 @@ def _container(status: Json) -> Json:
     return (told[0].get("state") or {}) if told else {}
 
 
-def _last_event(cluster: Cluster, namespace: str, path: str) -> str:
+def _last_event(core: CoreV1Api, namespace: str, name: str) -> str:
     """What Kubernetes last warned of about the pod; nothing where we may not see it."""
     with contextlib.suppress(Denied, Absent, Rejected):
-        selector = f"involvedObject.name={path.rpartition('/')[2]},type=Warning"
-        events = cluster.get(f"/api/v1/namespaces/{namespace}/events", fieldSelector=selector)["items"]
+        selector = f"involvedObject.name={name},type=Warning"
+        events = kube.ask(core.list_namespaced_event, namespace, field_selector=selector)["items"]
         if events:
             newest = max(events, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
             return f": {newest.get('reason')}: {' '.join(str(newest.get('message')).split())}"
     return ""
-
-
-def _pods(namespace: str) -> str:
-    return f"/api/v1/namespaces/{namespace}/pods"
 
 
 @contextlib.contextmanager

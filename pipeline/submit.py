@@ -3,16 +3,16 @@
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ffn import config as configuration
 from ffn.errors import FFNError
-from pipeline.server import Json, Server, equals
+from pipeline.server import Call, Json, Server, equals
 from pipeline.settings import DIGEST, NAME
 from pipeline.watch import CANCEL_PATIENCE, ENDS, Status, cancel, close
 
@@ -132,7 +132,8 @@ def submit(
     before = found
     content = pipeline.body(uploaded(server, pipeline), resumes=_resumed(found) if found else "")
     body = {"display_name": name, "experiment_id": where, "plugins_input": WITHOUT_PLUGIN, **content}
-    run, made = server.create("runs", {**body, "service_account": account} if account else body, find)
+    body |= {"service_account": account} if account else {}
+    run, made = server.create(find, server.runs.run_service_create_run, body)
     return _the_one(server, pipeline, name, where, run) if made else run, "retried" if before else "made" if made else "found"
 
 
@@ -141,7 +142,7 @@ def _settled(server: Server, run: Json) -> Json:
     until = time.monotonic() + SETTLE_SECONDS
     while run.get("state") == "CANCELING" and time.monotonic() < until:
         time.sleep(2)
-        run = server.get(f"runs/{run['run_id']}")
+        run = server.ask(server.runs.run_service_get_run, run["run_id"])
     if run.get("state") == "CANCELING":
         raise FFNError(f"run {run['run_id']} is still being cancelled; the same command in a minute goes on with it")
     return run
@@ -163,48 +164,38 @@ def best(runs: Sequence[Json]) -> Json | None:
 def uploaded(server: Server, pipeline: Pipeline) -> Json:
     """The pipeline's version on the server, uploaded where it is not there: KFP's lists, versions and clones refer to it."""
     spot = {"namespace": server.endpoint.namespace}
-
-    def find_pipeline() -> Json | None:
-        return _called(server.list("pipelines", "pipelines", filter=equals("display_name", NAME), **spot), NAME)
-
-    body = {"display_name": NAME, "name": NAME, **{key: value for key, value in spot.items() if value}}
-    owner = _made_or_found(server, "pipelines", body, find_pipeline)["pipeline_id"]
-
-    def find_version() -> Json | None:
-        listed = server.list(f"pipelines/{owner}/versions", "pipeline_versions", filter=equals("display_name", pipeline.version))
-        return _called(listed, pipeline.version)
-
-    query = {
-        "pipelineid": owner, "name": pipeline.version, "display_name": pipeline.version,
-        "description": pipeline.description.partition(f" · {MARK}")[0],
-    }  # fmt: skip
-    return _made_or_found(server, "pipelines/upload_version", None, find_version, query=query, file=pipeline.path)
-
-
-def _called(entries: Iterable[Json], name: str) -> Json | None:
-    return next((entry for entry in entries if entry.get("display_name") == name), None)
-
-
-def _made_or_found(server: Server, path: str, body: Json | None, find: Callable[[], Json | None], **more: Any) -> Json:
-    """What `find` finds or the POST makes; another job may be quicker between our look and our request."""
-    try:
-        return server.create(path, body, find, **more)[0]
-    except FFNError:
-        other = find()
-        if other is None:
-            raise
-        return other
+    ours = partial(_called, server, server.pipelines.pipeline_service_list_pipelines, NAME, **spot)
+    body = {"display_name": NAME, "name": NAME, **spot}
+    owner = _ensured(server, ours, server.pipelines.pipeline_service_create_pipeline, body)["pipeline_id"]
+    versions = partial(_called, server, server.pipelines.pipeline_service_list_pipeline_versions, pipeline.version, owner)
+    return _ensured(
+        server, versions, server.uploads.upload_pipeline_version, pipeline.path, pipelineid=owner, name=pipeline.version,
+        display_name=pipeline.version, description=pipeline.description.partition(f" · {MARK}")[0],
+    )  # fmt: skip
 
 
 def experiment_id(server: Server, name: str) -> str:
     """The experiment called `name`, made where there is none."""
     spot = {"namespace": server.endpoint.namespace}
+    called = partial(_called, server, server.experiments.experiment_service_list_experiments, name, **spot)
+    body = {"display_name": name, **spot}
+    return str(_ensured(server, called, server.experiments.experiment_service_create_experiment, body)["experiment_id"])
 
-    def find() -> Json | None:
-        return _called(server.list("experiments", "experiments", filter=equals("display_name", name), **spot), name)
 
-    body = {"display_name": name, **{key: value for key, value in spot.items() if value}}
-    return str(_made_or_found(server, "experiments", body, find)["experiment_id"])
+def _called(server: Server, call: Call, name: str, *given: str, **query: str) -> Iterator[Json]:
+    """Entries of a list that have that name."""
+    listed = server.list(call, *given, filter=equals("display_name", name), **query)
+    return (entry for entry in listed if entry.get("display_name") == name)
+
+
+def _ensured(server: Server, found: Callable[[], Iterator[Json]], call: Call, *given: object, **more: object) -> Json:
+    """The first that is found, or what the call makes; another job may be quicker between our look and our request."""
+    try:
+        return server.create(lambda: next(found(), None), call, *given, **more)[0]
+    except FFNError:
+        if (other := next(found(), None)) is None:
+            raise
+        return other
 
 
 def run_id(server: Server, run: str, experiment: str) -> str:
@@ -241,12 +232,12 @@ def schedule(server: Server, pipeline: Pipeline, *, name: str, cron: str, experi
             "max_concurrency": "1", "no_catchup": True, "trigger": {"cron_schedule": {"cron": cron}},
             **({"service_account": account} if account else {}),
         }  # fmt: skip
-        kept, made = server.create("recurringruns", body, find)
+        kept, made = server.create(find, server.schedules.recurring_run_service_create_recurring_run, body)
     others = [entry for entry in _scheduled(server, name, where) if entry["recurring_run_id"] != kept["recurring_run_id"]]
     for entry in others:
         _end_schedule(server, entry)
     if not made and kept.get("status") == "DISABLED":
-        server.post(f"recurringruns/{kept['recurring_run_id']}:enable")
+        server.ask(server.schedules.recurring_run_service_enable_recurring_run, kept["recurring_run_id"])
     return kept, "replaced" if others else "made" if made else "found"
 
 
@@ -262,11 +253,11 @@ def unschedule(server: Server, name: str, experiment: str) -> list[tuple[Json, J
 def _end_schedule(server: Server, entry: Json) -> Json | None:
     """Disable the schedule; delete it unless a run of it goes on, which is returned."""
     schedule = entry["recurring_run_id"]
-    server.post(f"recurringruns/{schedule}:disable")
+    server.ask(server.schedules.recurring_run_service_disable_recurring_run, schedule)
 
     def going() -> Json | None:
         of = {"experiment_id": entry.get("experiment_id", ""), "filter": equals("recurring_run_id", schedule)}
-        made = server.list("runs", "runs", **of)
+        made = server.list(server.runs.run_service_list_runs, **of)
         return next((run for run in made if run.get("recurring_run_id") == schedule and run.get("state") not in ENDS), None)
 
     found = going()
@@ -274,13 +265,14 @@ def _end_schedule(server: Server, entry: Json) -> Json | None:
         time.sleep(WAIT_SECONDS)
         found = going()
     if not found:
-        server.delete(f"recurringruns/{schedule}")
+        server.delete(server.schedules.recurring_run_service_delete_recurring_run, schedule)
     return found
 
 
 def schedules(server: Server, experiment: str) -> list[Json]:
     """All schedules of the experiment."""
-    return list(server.list("recurringruns", "recurringRuns", experiment_id=experiment_id(server, experiment)))
+    call = server.schedules.recurring_run_service_list_recurring_runs
+    return list(server.list(call, experiment_id=experiment_id(server, experiment)))
 
 
 def six_fields(cron: str) -> str:
@@ -293,14 +285,12 @@ def six_fields(cron: str) -> str:
 
 def _named(server: Server, name: str, experiment: str) -> list[Json]:
     """Runs of that name that were not archived, the newest last."""
-    entries = server.list("runs", "runs", experiment_id=experiment, filter=equals("display_name", name))
-    found = [entry for entry in entries if entry.get("display_name") == name and entry.get("storage_state") != "ARCHIVED"]
-    return sorted(found, key=_age)
+    found = _called(server, server.runs.run_service_list_runs, name, experiment_id=experiment)
+    return sorted((run for run in found if run.get("storage_state") != "ARCHIVED"), key=_age)
 
 
 def _scheduled(server: Server, name: str, experiment: str) -> list[Json]:
-    entries = server.list("recurringruns", "recurringRuns", experiment_id=experiment, filter=equals("display_name", name))
-    return [entry for entry in entries if entry.get("display_name") == name]
+    return list(_called(server, server.schedules.recurring_run_service_list_recurring_runs, name, experiment_id=experiment))
 
 
 def _age(entry: Json) -> tuple[str, str]:
@@ -320,5 +310,5 @@ def _the_one(server: Server, pipeline: Pipeline, name: str, experiment: str, mad
     for other in going[1:]:
         cancel(server, other["run_id"])
         close(other["run_id"], Status.CANCELLED)
-        server.post(f"runs/{other['run_id']}:archive", patience=CANCEL_PATIENCE)
+        server.ask(server.runs.run_service_archive_run, other["run_id"], patience=CANCEL_PATIENCE)
     return going[0] if going else made

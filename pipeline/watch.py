@@ -68,7 +68,7 @@ def watch(
     while True:
         left = until - time.monotonic()
         try:
-            now = server.get(f"runs/{run}", patience=max(0.0, min(server.patience, left)))
+            now = server.ask(server.runs.run_service_get_run, run, patience=max(0.0, min(server.patience, left)))
         except Unreachable:
             if server.patience > left:
                 return Status.TIMED_OUT
@@ -148,9 +148,10 @@ def told(work: Callable[[], int]) -> int:
 def cancel(server: Server, run: str) -> None:
     """End the run, and wait until it has, for `CANCEL_PATIENCE` seconds; a training keeps the states of its epochs."""
     until = time.monotonic() + CANCEL_PATIENCE
-    server.post(f"runs/{run}:terminate", patience=CANCEL_PATIENCE)
+    server.ask(server.runs.run_service_terminate_run, run, patience=CANCEL_PATIENCE)
+    look = server.runs.run_service_get_run
     with contextlib.suppress(Unreachable):
-        while ended(server.get(f"runs/{run}", patience=CANCEL_PATIENCE)) is None and time.monotonic() < until:
+        while ended(server.ask(look, run, patience=CANCEL_PATIENCE)) is None and time.monotonic() < until:
             time.sleep(1)
 
 
@@ -197,7 +198,8 @@ def _spec(server: Server, run: Json) -> Json:
     reference = run.get("pipeline_version_reference") or {}
     if run.get("pipeline_spec") or not reference.get("pipeline_id"):
         return run.get("pipeline_spec") or {}
-    version = server.get(f"pipelines/{reference['pipeline_id']}/versions/{reference['pipeline_version_id']}")
+    call = server.pipelines.pipeline_service_get_pipeline_version
+    version = server.ask(call, reference["pipeline_id"], reference["pipeline_version_id"])
     return version.get("pipeline_spec") or {}
 
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from components.attempts import label
 from components.cluster import argo_nodes
+from ffn.errors import FFNError
 
 Json = dict[str, Any]
 
@@ -38,32 +39,28 @@ class Workflows:
     """The workflows of runs in one namespace, seen with a person's rights on Kubernetes."""
 
     api: Any
-    """`kubernetes.client.CustomObjectsApi`."""
+    """`kubernetes.client.ApiClient`."""
     namespace: str
 
     @classmethod
     def reach(cls, namespace: str) -> Self | None:
         """None where there is no kubeconfig, or it is not one."""
-        from kubernetes import client, config
+        from components import kube
 
         try:
-            config.load_config()
-        except (config.ConfigException, OSError, ValueError):
+            return cls(api=kube.connect(), namespace=namespace)
+        except FFNError:
             return None
-        return cls(api=client.CustomObjectsApi(), namespace=namespace)
 
     def troubles(self, run: str) -> list[Trouble]:
         """What failed or waits in the run of that id so far; nothing where Kubernetes does not answer or refuses."""
-        from kubernetes.client.exceptions import ApiException
-        from urllib3.exceptions import HTTPError
+        from components import kube
 
         try:
-            found = self.api.list_namespaced_custom_object(
-                "argoproj.io", "v1alpha1", self.namespace, "workflows", label_selector=f"pipeline/runid={run}", _request_timeout=20
-            )
-        except (ApiException, HTTPError, OSError):
+            found = kube.workflows(self.api, self.namespace, run)
+        except FFNError:
             return []
-        return [trouble for workflow in found["items"] for trouble in troubles(workflow)]
+        return [trouble for workflow in found for trouble in troubles(workflow)]
 
 
 def troubles(workflow: Json) -> Iterator[Trouble]:

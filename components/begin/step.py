@@ -7,9 +7,8 @@ import socket
 import subprocess
 from pathlib import Path
 
-from requests import RequestException
-
 from components import cluster, say, step, storage, tracking
+from ffn.errors import FFNError
 
 
 @step
@@ -74,8 +73,8 @@ def state(run: str) -> str:
         return "RUNNING" if held(Path(os.environ["FFN_LOCKS"]) / run / "lock") else "KILLED"
     try:
         return cluster.state(run)
-    except RequestException as error:
-        say(f"no word of run {run} from the Kubernetes API: {error}")
+    except FFNError as error:
+        say(f"no word of run {run}: {error}")
         return "RUNNING"
 
 

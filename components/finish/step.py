@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from requests import RequestException
 
 from components import cluster, registry, say, step, tracking
 from ffn import plots, report, summary
@@ -63,8 +62,8 @@ def unsaid(job: str) -> str:
         return "FINISHED"
     try:
         return "FAILED" if cluster.broken(job) else "FINISHED"
-    except RequestException as error:
-        say(f"no word of run {job} from the Kubernetes API: {error}")
+    except FFNError as error:
+        say(f"no word of run {job}: {error}")
         return "FAILED"
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import yaml
 
+from components.kube import Json
 from pipeline.check.finding import Finding, ok, warning
-from pipeline.kube import Json
 
 CONFIG = "workflow-controller-configmap"
 """Argo's configuration, where KFP runs."""

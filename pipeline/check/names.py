@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
+from components.kube import Json
 from pipeline import placement
 from pipeline.check.finding import Finding, amount, dots, failed, ok, version_of, warning
-from pipeline.kube import Json
 from pipeline.settings import Settings
 
 KUBERNETES = (1, 31)

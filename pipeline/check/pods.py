@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from components.kube import Json
 from pipeline import placement
 from pipeline.check.finding import Finding, dots, failed, ok, version_of, warning
-from pipeline.kube import Json
 from pipeline.probe import End, Outcome
 from pipeline.settings import Settings
 

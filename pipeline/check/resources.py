@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
+from components.kube import Json
 from ffn.config import STREAMS
 from pipeline import probe
 from pipeline.check.finding import Finding, amount, failed, ok, text, warning
-from pipeline.kube import Json
 from pipeline.settings import Settings
 
 

@@ -68,16 +68,16 @@ def check(given: argparse.Namespace) -> int:
     Reads the same variables as compile and submit, and the kubeconfig; makes one pod as a step's is, and deletes it. Exit status 1
     where something fails; a warning is none.
     """
+    from components.kube import connect
     from pipeline.check import examine
     from pipeline.check.finding import State
-    from pipeline.kube import Cluster
     from pipeline.server import Server
     from pipeline.settings import Settings
 
-    settings, cluster = Settings.from_environment(), Cluster.connect()
+    settings, api = Settings.from_environment(), connect()
     namespace = os.environ.get("FFN_KFP_NAMESPACE", "")
     well = True
-    for finding in examine(cluster, Server.from_environment, settings, namespace=namespace, account=_account()):
+    for finding in examine(api, Server.from_environment, settings, namespace=namespace, account=_account()):
         print(finding.line, flush=True)
         well &= finding.state is not State.FAILED
     return 0 if well else 1
@@ -164,7 +164,7 @@ def watch(given: argparse.Namespace) -> int:
 
     def work() -> int:
         run = kfp.run_id(server, given.run, given.experiment)
-        server.get(f"runs/{run}")  # it may not be there
+        server.ask(server.runs.run_service_get_run, run)  # it may not be there
         print(f"ffn: KFP     {page(server, run)}", file=sys.stderr)
         return follow(server, run, hours=given.hours, cancel_on_exit=given.cancel_on_exit, workflows=_workflows(server))
 
@@ -182,7 +182,7 @@ def cancel(given: argparse.Namespace) -> int:
 
     def work() -> int:
         run = kfp.run_id(server, given.run, given.experiment)
-        if (status := ended(server.get(f"runs/{run}"))) is not None:
+        if (status := ended(server.ask(server.runs.run_service_get_run, run))) is not None:
             raise FFNError(f"run {given.run} has ended already: {status.name.lower()}")
         end(server, run)
         print(f"ffn: run {given.run} is asked to end", file=sys.stderr)

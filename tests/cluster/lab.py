@@ -130,11 +130,11 @@ class Lab:
         return answer.text
 
     def run(self, run: str) -> Json:
-        return self.server.get(f"runs/{run}")
+        return self.server.ask(self.server.runs.run_service_get_run, run)
 
     def runs(self, schedule: str) -> list[Json]:
         """The runs that the schedule made, the oldest first."""
-        found = self.server.list("runs", "runs", filter=equals("recurring_run_id", schedule))
+        found = self.server.list(self.server.runs.run_service_list_runs, filter=equals("recurring_run_id", schedule))
         return sorted(found, key=lambda run: str(run["created_at"]))
 
     @property

@@ -16,15 +16,18 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import yaml
+from kubernetes.client import ApiException, CoreV1Api
 
+from components import kube
+from components.kube import Json
 from pipeline import probe
 from pipeline.check.pods import admitted
 from pipeline.cli import main
-from pipeline.kube import Absent, Cluster, Json
 from pipeline.settings import Settings
 
 pytestmark = pytest.mark.cluster
@@ -56,6 +59,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(("0.0.0.0", 5000), Handler).serve_forever()
 """
 """Answers what the check asks MLflow's server, to who knows the password."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Kubernetes' API by its paths; what is not there is {}."""
+
+    core: CoreV1Api
+
+    def _ask(self, method: str, path: str, body: Json | None = None) -> Json:
+        way = {"response_type": "object", "auth_settings": ["BearerToken"], "_return_http_data_only": True}
+        try:
+            return dict(self.core.api_client.call_api(path, method, body=body, **way))
+        except ApiException as error:
+            if error.status != 404 or method == "POST":
+                raise
+            return {}
+
+    get, post, delete = partialmethod(_ask, "GET"), partialmethod(_ask, "POST"), partialmethod(_ask, "DELETE")
 
 
 @dataclass(kw_only=True)
@@ -90,11 +111,7 @@ class Space:
         """Whether the object is as wanted within the time; one that is gone is {}."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            try:
-                found = self.cluster.get(path)
-            except Absent:
-                found = {}
-            if wanted(found):
+            if wanted(self.cluster.get(path)):
                 return True
             time.sleep(1)
         return False
@@ -119,7 +136,7 @@ def space(kubeconfig: str) -> Iterator[Space]:
     """The namespace, for all tests of this file: each leaves it as it was."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KUBECONFIG", kubeconfig)
-        cluster = Cluster.connect()
+        cluster = Cluster(CoreV1Api(kube.connect()))
     name = f"check-{secrets.token_hex(3)}"
     labels = {"pod-security.kubernetes.io/enforce": "baseline", "pod-security.kubernetes.io/warn": "restricted"}
     cluster.post("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
@@ -324,7 +341,8 @@ def person(space: Space, folder: Path, rules: list[Json]) -> Path:
         })  # fmt: skip
     token = space.cluster.post(space.at(f"serviceaccounts/{name}/token"), {"spec": {"expirationSeconds": 3600}})["status"]["token"]
     authority = space.cluster.get(space.at("configmaps/kube-root-ca.crt"))["data"]["ca.crt"]
-    there = {"server": space.cluster.where, "certificate-authority-data": b64encode(authority.encode()).decode()}
+    server = space.cluster.core.api_client.configuration.host
+    there = {"server": server, "certificate-authority-data": b64encode(authority.encode()).decode()}
     config = {
         "apiVersion": "v1", "kind": "Config", "current-context": "space",
         "clusters": [{"name": "space", "cluster": there}], "users": [{"name": name, "user": {"token": token}}],
@@ -418,17 +436,17 @@ def test_an_account_that_may_too_little_and_one_that_may_too_much(space: Space, 
 
 def test_pod_security_refuses_a_pod_and_warns_of_another(space: Space) -> None:
     pod = probe.train(Settings(image=space.image, gpus=0), name=probe.name(), account="ffn-pipeline")
-    outcome, _ = probe.dry_run(space.cluster, space.namespace, pod)
-    (fine,) = admitted("It", outcome, space.cluster.warnings, space.namespace)
+    outcome, _ = probe.dry_run(space.cluster.core, space.namespace, pod)
+    (fine,) = admitted("It", outcome, kube.warnings(space.cluster.core.api_client), space.namespace)
     assert fine.line == "ok      It is admitted"
     container = pod["spec"]["containers"][1]
     container["securityContext"] = {"runAsUser": 0}
-    outcome, _ = probe.dry_run(space.cluster, space.namespace, pod)
-    (warned,) = admitted("It", outcome, space.cluster.warnings, space.namespace)
+    outcome, _ = probe.dry_run(space.cluster.core, space.namespace, pod)
+    (warned,) = admitted("It", outcome, kube.warnings(space.cluster.core.api_client), space.namespace)
     assert 'would violate PodSecurity "restricted:latest"' in warned.line
     container["securityContext"] = {"privileged": True}
-    outcome, _ = probe.dry_run(space.cluster, space.namespace, pod)
-    (refused,) = admitted("It", outcome, space.cluster.warnings, space.namespace)
+    outcome, _ = probe.dry_run(space.cluster.core, space.namespace, pod)
+    (refused,) = admitted("It", outcome, kube.warnings(space.cluster.core.api_client), space.namespace)
     assert refused.line.startswith('FAILED  It would be refused: violates PodSecurity "baseline:latest"')
 
 

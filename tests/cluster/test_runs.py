@@ -58,7 +58,8 @@ def test_a_run_becomes_one_run_in_mlflow_and_a_champion(lab: Lab) -> None:
     assert "is found" in lab.submit("first")
     assert first_line(lab.submit("first")) == run
     reference = lab.run(run)["pipeline_version_reference"]
-    listed = lab.server.get(f"pipelines/{reference['pipeline_id']}/versions/{reference['pipeline_version_id']}")
+    call = lab.server.pipelines.pipeline_service_get_pipeline_version
+    listed = lab.server.ask(call, reference["pipeline_id"], reference["pipeline_version_id"])
     assert listed["display_name"] == tags["ffn.pipeline_version"]
     assert lab.protocol in listed["description"]
 

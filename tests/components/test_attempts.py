@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 import components
 from components import Mistake, attempts, cluster, tracking
 from components.attempts import ATTEMPTS, attempt, label
+from ffn.errors import Fault
 from tests.components.test_tracking import begun, inside
 
 __all__ = ["inside"]
@@ -174,3 +175,14 @@ def test_a_steps_label_is_what_its_inputs_say() -> None:
     assert label("train", given("", Path())) == "train S4/p/j"
     assert label("fuse", {"preset": "S4", "protocol": "p", "seed": 2}) == "fuse S4/p/seed2"
     assert attempts._ended(-signal.SIGTERM) == "was ended by SIGTERM"
+
+
+def test_what_nobody_can_tell_of_before_does_not_keep_a_step_from_beginning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away() -> str:
+        raise Fault("Kubernetes at https://k does not answer: refused")
+
+    monkeypatch.setattr("components.tracking.present", away)
+    attempts._require_first("ingest", {})
+    assert "whether ingest failed before in this run is not known: Kubernetes at https://k does not" in capsys.readouterr().out

@@ -3,60 +3,47 @@
 import base64
 import gzip
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
-import requests
+from kubernetes.config import incluster_config
 
 from components import cluster
+from components.kube import Denied
+from ffn.errors import Fault, FFNError
+from tests.components.test_storage import certificate
+from tests.pipeline.kubernetes_api import FakeKubernetes, denied
+from tests.served import served
 
 RUN = "063847e1-ed72-4f71-9237-f6d613e7df76"
+POD = "/api/v1/namespaces/kubeflow/pods/pod-1"
+WORKFLOWS = f"/apis/argoproj.io/v1alpha1/namespaces/kubeflow/workflows?pipeline/runid={RUN}"
 
 
 @pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Path -> what the API answers there, to the account of a pod; what is not there is forbidden."""
-    answers: dict[str, Any] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            split = urlsplit(self.path)
-            label = parse_qs(split.query).get("labelSelector", [""])[0]
-            found = answers.get(split.path + (f"?{label}" if label else ""))
-            known = self.headers["Authorization"] == "Bearer of-the-account"
-            content = json.dumps(found if found is not None else {"kind": "Status", "code": 403}).encode()
-            self.send_response(200 if known and found is not None else 403)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    for name, text in (("namespace", "kubeflow\n"), ("token", "of-the-account\n"), ("ca.crt", "an authority")):
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKubernetes]:
+    """What answers the account of a pod."""
+    crt, key = certificate(tmp_path)
+    for name, text in (("namespace", "kubeflow\n"), ("token", "of-the-account"), ("ca.crt", crt.read_text())):
         (tmp_path / name).write_text(text)
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
     monkeypatch.setattr(cluster, "ACCOUNT", tmp_path)
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.server_address[1]))
     monkeypatch.setenv("HOSTNAME", "pod-1")
     monkeypatch.delenv("KFP_POD_NAME", raising=False)
-    get = requests.get
-    monkeypatch.setattr(cluster.requests, "get", lambda url, **more: get(url.replace("https:", "http:"), **more))
-    yield answers
-    server.shutdown()
-    server.server_close()
+    fake = FakeKubernetes()
+    with served(fake.answer, (crt, key)) as address:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", address.rpartition(":")[2])
+        yield fake
 
 
-def test_a_pod_knows_its_run_and_its_place(api: dict[str, Any]) -> None:
-    api["/api/v1/namespaces/kubeflow/pods/pod-1"] = {"metadata": {"labels": {"pipeline/runid": RUN}}}
+def test_a_pod_knows_its_run_and_its_place(api: FakeKubernetes) -> None:
+    api.objects[POD] = {"metadata": {"labels": {"pipeline/runid": RUN}}}
     assert cluster.run() == RUN
+    assert api.who == {"bearer of-the-account"}
     assert (cluster.pod(), cluster.namespace()) == ("pod-1", "kubeflow")
     assert cluster.where().startswith("kubeflow@")
 
@@ -80,23 +67,33 @@ def test_outside_of_a_pod_there_is_nothing_to_ask(tmp_path: Path, monkeypatch: p
         (None, "KILLED"),
     ],
 )
-def test_what_became_of_another_run(api: dict[str, Any], workflow: dict[str, Any] | None, state: str) -> None:
+def test_what_became_of_another_run(api: FakeKubernetes, workflow: dict[str, Any] | None, state: str) -> None:
     items = [workflow] if workflow else []
-    api[f"/apis/argoproj.io/v1alpha1/namespaces/kubeflow/workflows?pipeline/runid={RUN}"] = {"items": items}
+    api.objects[WORKFLOWS] = {"items": items}
     assert cluster.state(RUN) == state
 
 
 @pytest.mark.parametrize(("phase", "broken"), [("Succeeded", False), ("Failed", True), ("Error", True), (None, True)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_whether_what_the_exit_handler_guards_failed(api: dict[str, Any], phase: str | None, broken: bool, packed: bool) -> None:
+def test_whether_what_the_exit_handler_guards_failed(api: FakeKubernetes, phase: str | None, broken: bool, packed: bool) -> None:
     nodes = {"a": {"displayName": "exit-handler-1", "phase": phase}, "b": {"displayName": "finish-driver", "phase": "Failed"}}
     nodes = nodes if phase else {}
     content = base64.b64encode(gzip.compress(json.dumps(nodes).encode())).decode()
     status = {"compressedNodes": content} if packed else {"nodes": nodes}
-    api[f"/apis/argoproj.io/v1alpha1/namespaces/kubeflow/workflows?pipeline/runid={RUN}"] = {"items": [{"status": status}]}
+    api.objects[WORKFLOWS] = {"items": [{"status": status}]}
     assert cluster.broken(RUN) is broken
 
 
-def test_a_refusal_is_an_error_that_its_caller_knows(api: dict[str, Any]) -> None:
-    with pytest.raises(requests.RequestException, match="403"):
+def test_a_refusal_is_an_error_that_its_caller_knows(api: FakeKubernetes, tmp_path: Path) -> None:
+    api.objects[WORKFLOWS] = denied("list", "workflows")
+    with pytest.raises(Denied, match=r"^list workflows$"):
         cluster.state(RUN)
+    (tmp_path / "token").unlink()
+    with pytest.raises(FFNError, match="the pod's account: Service token file does not exist"):
+        cluster.state(RUN)
+
+
+def test_an_api_that_does_not_answer_may_later(api: FakeKubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    with pytest.raises(Fault, match=r"Kubernetes at https://127.0.0.1:1 does not answer: .*refused"):
+        cluster.run()

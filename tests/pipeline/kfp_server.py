@@ -1,7 +1,7 @@
 """A KFP API for tests that is as faulty as a test tells it to be: what a network does to it, tests/cluster cannot provoke.
 
-What it answers is what KFP 2.17.0 answers (paths below backend/src/ of kubeflow/pipelines): bodies have no other fields than
-backend/api/v2beta1/{run,recurring_run,pipeline,experiment}.proto; a name that is taken is refused
+What it answers is what KFP 2.17.0 answers (paths below backend/src/ of kubeflow/pipelines): bodies are what its own client's
+models have of backend/api/v2beta1/{run,recurring_run,pipeline,experiment}.proto, and nothing else; a name that is taken is refused
 (apiserver/storage/pipeline_store.go:756); a run that was asked to end goes to CANCELING (apiserver/model/run.go:34) and ends
 FAILED, as seen on a real server.
 """
@@ -12,29 +12,20 @@ import socket
 import struct
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
+import kfp_server_api
 import yaml
+
+from tests.served import Request, served
 
 Json = dict[str, Any]
 
-RUN = {
-    "display_name": str, "description": str, "experiment_id": str, "pipeline_version_reference": dict, "runtime_config": dict,
-    "service_account": str, "plugins_input": dict,
-}  # fmt: skip
-SCHEDULE = {
-    **{key: kind for key, kind in RUN.items() if key != "plugins_input"},
-    "mode": str,
-    "max_concurrency": str,
-    "no_catchup": bool,
-    "trigger": dict,
-}
-EXPERIMENT = {"display_name": str, "namespace": str}
-PIPELINE = {"display_name": str, "name": str, "namespace": str}
+KIND = {"runs": "Run", "recurringruns": "RecurringRun", "experiments": "Experiment", "pipelines": "Pipeline"}
 IDENTITY = {"runs": "run_id", "recurringruns": "recurring_run_id", "experiments": "experiment_id", "pipelines": "pipeline_id"}
 
 
@@ -97,12 +88,14 @@ class FakeKFP:
             return 200, {} if action else entry
 
     def _create(self, kind: str, store: list[Json], body: Any) -> tuple[int, Any]:
-        contract = {"runs": RUN, "recurringruns": SCHEDULE, "experiments": EXPERIMENT, "pipelines": PIPELINE}[kind]
         if not isinstance(body, dict) or not body.get("display_name"):
             return 400, {"code": 3, "message": "display_name is required"}
-        for key, value in body.items():
-            if key not in contract or not isinstance(value, contract[key]):
-                return 400, {"code": 3, "message": f"unknown field {key!r} or wrong type"}
+        models = kfp_server_api.ApiClient()
+        known = models.deserialize(SimpleNamespace(data=json.dumps(body)), f"V2beta1{KIND[kind]}")
+        if models.sanitize_for_serialization(known) != body:
+            return 400, {"code": 3, "message": "unknown field or wrong type"}
+        if kind == "recurringruns" and "plugins_input" in body:
+            return 400, {"code": 3, "message": "a schedule that says anything of plugins loses its parameters"}
         named = kind in ("experiments", "pipelines")
         if named and any(entry["display_name"] == body["display_name"] for entry in store):
             return 409, {"code": 6, "message": "already exists"}
@@ -151,83 +144,44 @@ class FakeKFP:
 
 
 @contextmanager
-def serving(kfp: FakeKFP) -> Iterator[str]:
+def serving(kfp: FakeKFP, certificate: Sequence[Path] = ()) -> Iterator[str]:
     """Serve `kfp` on this machine; its address."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(request: Request) -> None:
+        asked = f"{request.command} {request.place.removeprefix('/apis/v2beta1/')}"
+        kfp.asked.append(asked)
+        kfp.headers.append(dict(request.headers))
+        faults = (fault for fault in kfp.faults if fault.times and re.fullmatch(fault.matches, asked))
+        fault = next(faults, Fault(asked, "none", applied=True))
+        fault.times -= 1
+        if fault.kind == "reset" and not fault.applied:
+            hang_up(request)  # before the body was read: in mid-upload
+            return
+        body, status, said = request.body(), 401, {"code": 16, "message": "who are you?"}
+        if not kfp.token or request.headers.get("Authorization") == f"Bearer {kfp.token}":
+            if fault.applied:
+                status, said = kfp.answer(request.command, request.place, request.query, body)
+            if isinstance(fault.kind, int):
+                status, said = fault.kind, {"code": 13, "message": "trouble"}
+        if fault.kind == "reset":
+            hang_up(request)
+        elif fault.kind == "silent":
+            kfp.released.wait(30)
+        elif fault.kind == "html":
+            request.reply(200, b"<html>Log in</html>", {"Content-Type": "text/html"})
+        else:
+            request.reply(status, said, {"Location": fault.location} if fault.location else {})
 
-        def handle_any(self) -> None:
-            split = urlsplit(self.path)
-            asked = f"{self.command} {split.path.removeprefix('/apis/v2beta1/')}"
-            kfp.asked.append(asked)
-            kfp.headers.append(dict(self.headers))
-            fault = next((fault for fault in kfp.faults if fault.times and re.fullmatch(fault.matches, asked)), None)
-            if fault:
-                fault.times -= 1
-            if fault and fault.kind == "reset" and not fault.applied:
-                self.hang_up()  # before the body was read: in mid-upload
-                return
-            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            upload = (self.headers.get("Content-Type") or "").startswith("multipart/form-data")
-            body = content if upload else json.loads(content or "null")
-            query = {key: values[0] for key, values in parse_qs(split.query).items()}
-            status, answer = 401, {"code": 16, "message": "who are you?"}
-            if not kfp.token or self.headers.get("Authorization") == f"Bearer {kfp.token}":
-                if not fault or fault.applied:
-                    status, answer = kfp.answer(self.command, split.path, query, body)
-                if fault and fault.kind == "reset":
-                    self.hang_up()
-                    return
-                if fault and fault.kind == "silent":
-                    kfp.released.wait(30)
-                    return
-                if fault and fault.kind == "html":
-                    self.reply(200, b"<html>Log in</html>", "text/html")
-                    return
-                if fault and isinstance(fault.kind, int):
-                    status, answer = fault.kind, {"code": 13, "message": "trouble"}
-            self.reply(status, json.dumps(answer).encode(), "application/json", fault.location if fault else "")
+    with served(answer, certificate) as address:
+        try:
+            yield address
+        finally:
+            kfp.released.set()
 
-        def hang_up(self) -> None:
-            """A reset, not an orderly end."""
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.rfile.close()
-            self.connection.close()
-            self.close_connection = True
 
-        def reply(self, status: int, content: bytes, kind: str, location: str = "") -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(content)))
-            if location:
-                self.send_header("Location", location)
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST = do_DELETE = handle_any
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def handle(self) -> None:
-            try:
-                super().handle()
-            except (OSError, ValueError):  # who asked has gone, or we closed it
-                self.close_connection = True
-
-        def finish(self) -> None:
-            with suppress(OSError, ValueError):
-                super().finish()
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        kfp.released.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def hang_up(request: Request) -> None:
+    """A reset, not an orderly end."""
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.rfile.close()
+    request.connection.close()
+    request.close_connection = True

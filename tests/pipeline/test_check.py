@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 import yaml
+from kubernetes.client import ApiClient, CoreV1Api, VersionApi
 
 from components import cluster as in_cluster
-from ffn.errors import FFNError
+from components import kube
+from components.kube import Absent, Denied, Rejected
+from ffn.errors import Fault, FFNError
 from pipeline import health, probe
 from pipeline.check import argo, examine, names, pods, resources
 from pipeline.check.finding import Finding, State
 from pipeline.check.rights import NEEDED, RIGHTS, TOO_MUCH, Right, rights
 from pipeline.cli import main
-from pipeline.kube import Absent, Cluster, Denied, Rejected
 from pipeline.placement import MLFLOW_KEYS
 from pipeline.probe import End, Outcome
 from pipeline.server import Endpoint, Server
@@ -822,30 +824,38 @@ def api() -> FakeKubernetes:
 
 
 @pytest.fixture
-def cluster(api: FakeKubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def client(api: FakeKubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiClient]:
     with kubernetes(api, tmp_path) as config:
-        monkeypatch.setenv("KUBECONFIG", str(config))
-        yield Cluster.connect()
+        monkeypatch.setenv("KUBECONFIG", f"{tmp_path / 'absent'}:{config}")
+        yield kube.connect()
 
 
-def test_answers(api: FakeKubernetes, cluster: Cluster) -> None:
-    assert cluster.get("/version")["gitVersion"] == "v1.34.4"
+@pytest.fixture
+def core(client: ApiClient) -> CoreV1Api:
+    return CoreV1Api(client)
+
+
+def test_answers(api: FakeKubernetes, client: ApiClient, core: CoreV1Api) -> None:
+    version = VersionApi(client).get_code
+    assert kube.ask(version)["gitVersion"] == "v1.34.4"
+    assert api.who == {"Bearer t-o-k-e-n"}
     api.objects["/api/v1/nodes"] = denied("list", "nodes")
     with pytest.raises(Denied, match=r"^list nodes$"):
-        cluster.get("/api/v1/nodes")
+        kube.ask(core.list_node)
     with pytest.raises(Absent):
-        cluster.get("/api/v1/nothing")
+        kube.ask(core.read_namespace, "nothing")
+    assert kube.or_none(core.read_namespace, "nothing") is None
     api.post = lambda path, body: status(403, FORBIDDEN + "exceeded quota: q")
     with pytest.raises(Rejected, match="exceeded quota"):
-        cluster.post("/api/v1/namespaces/x/pods", {})
-    api.objects["/version"] = status(401, "Unauthorized")
-    with pytest.raises(FFNError, match="does not know us"):
-        cluster.get("/version")
+        kube.ask(core.create_namespaced_pod, "x", {})
+    for code, said, error in ((401, "does not know us: no", FFNError), (500, ": 500 no", Fault), (429, ": 429 no", Fault)):
+        api.objects["/version/"] = status(code, "no")
+        with pytest.raises(error, match=said):
+            kube.ask(version)
     api.warning = 'would violate PodSecurity \\"restricted:latest\\": x'
     api.post = lambda path, body: (201, body)
-    cluster.post("/api/v1/namespaces/x/pods", {})
-    assert cluster.warnings == ['would violate PodSecurity "restricted:latest": x']
-    cluster.delete("/api/v1/nothing")
+    kube.ask(core.create_namespaced_pod, "x", {})
+    assert kube.warnings(client) == ['would violate PodSecurity "restricted:latest": x']
 
 
 def test_no_kubeconfig_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -875,7 +885,7 @@ def nothing_there() -> Server:
     raise FFNError("FFN_KFP_URL='': expected an address")
 
 
-def test_who_may_see_nothing_is_told_which_rights_it_takes(api: FakeKubernetes, cluster: Cluster) -> None:
+def test_who_may_see_nothing_is_told_which_rights_it_takes(api: FakeKubernetes, client: ApiClient) -> None:
     for path, resource in (
         (NAMESPACE, "namespaces"), (f"{NAMESPACE}/serviceaccounts/a", "serviceaccounts"), ("/api/v1/nodes", "nodes"),
         (f"{NAMESPACE}/secrets/m", "secrets"), (f"{NAMESPACE}/persistentvolumeclaims/ffn-checkpoints", "persistentvolumeclaims"),
@@ -887,13 +897,13 @@ def test_who_may_see_nothing_is_told_which_rights_it_takes(api: FakeKubernetes, 
     ):  # fmt: skip
         api.objects[path] = denied("get", resource)
     api.post = lambda path, body: denied("create", path.rpartition("/")[2])
-    found = list(examine(cluster, nothing_there, replace(SETTINGS, mlflow_secret="m"), namespace="x", account="a"))
+    found = list(examine(client, nothing_there, replace(SETTINGS, mlflow_secret="m"), namespace="x", account="a"))
     assert [finding.what for finding in found if finding.state is State.FAILED] == ["Kubeflow Pipelines"]
     assert [finding.what for finding in found if finding.state is State.OK] == ["Kubernetes"]
     assert "warning Nodes could not be looked at: it takes the right to list nodes" in [finding.line for finding in found]
 
 
-def test_one_pod_is_made_and_deleted(api: FakeKubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_pod_is_made_and_deleted(api: FakeKubernetes, client: ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
     api.objects |= {
         NAMESPACE: {"metadata": {"name": "x", "labels": {"ffn/runs": "allowed"}}, "status": {"phase": "Active"}},
         f"{NAMESPACE}/serviceaccounts/a": {"metadata": {"name": "a"}},
@@ -917,7 +927,7 @@ def test_one_pod_is_made_and_deleted(api: FakeKubernetes, cluster: Cluster, monk
     api.post = post
     with serving(FakeKFP()) as url:
         kfp = Server(endpoint=Endpoint(url=url, ui=url))
-        found = list(examine(cluster, lambda: kfp, SETTINGS, namespace="x", account="a"))
+        found = list(examine(client, lambda: kfp, SETTINGS, namespace="x", account="a"))
     lines = [finding.line for finding in found]
     assert [line for line in lines if not line.startswith("ok")] == [
         line for line in lines if "Kubeflow Pipelines" in line or "Argo's retries (workflow-controller-configmap in kfp)" in line
@@ -928,19 +938,19 @@ def test_one_pod_is_made_and_deleted(api: FakeKubernetes, cluster: Cluster, monk
     assert len([path for path, _ in api.posted if path.endswith("/pods")]) == 3
 
 
-def test_a_pod_is_deleted_when_we_are_interrupted(api: FakeKubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pod_is_deleted_when_we_are_interrupted(api: FakeKubernetes, core: CoreV1Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(probe.time, "sleep", interrupt)
     api.objects[f"{NAMESPACE}/pods/ffn-check-1"] = waiting("ContainerCreating")
     with pytest.raises(KeyboardInterrupt):
-        probe.run(cluster, "x", {"metadata": {"name": "ffn-check-1"}})
+        probe.run(core, "x", {"metadata": {"name": "ffn-check-1"}})
     assert api.asked[-1] == f"DELETE {NAMESPACE}/pods/ffn-check-1"
 
 
 def test_a_pod_that_is_late_says_what_kubernetes_warned_of(
-    api: FakeKubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    api: FakeKubernetes, core: CoreV1Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "SECONDS", -1)
     api.objects[f"{NAMESPACE}/pods/p"] = waiting("ContainerCreating")
@@ -953,11 +963,11 @@ def test_a_pod_that_is_late_says_what_kubernetes_warned_of(
         },
     ]
     api.objects[f"{NAMESPACE}/events"] = {"items": events}
-    outcome = probe.run(cluster, "x", {"metadata": {"name": "p"}})
+    outcome = probe.run(core, "x", {"metadata": {"name": "p"}})
     assert outcome.end is End.LATE
     assert outcome.said.endswith('FailedMount: MountVolume.SetUp failed for volume "ca": configmap "ca" not found')
 
 
-def test_a_namespace_that_is_not_there_ends_it(cluster: Cluster) -> None:
-    found = list(examine(cluster, nothing_there, SETTINGS, namespace="x", account="a"))
+def test_a_namespace_that_is_not_there_ends_it(client: ApiClient) -> None:
+    found = list(examine(client, nothing_there, SETTINGS, namespace="x", account="a"))
     assert [finding.what for finding in found] == ["Kubernetes", "Kubeflow Pipelines", "Namespace x"]

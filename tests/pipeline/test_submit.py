@@ -18,6 +18,7 @@ from pipeline.cli import main
 from pipeline.server import Endpoint, Refused, Server, Unreachable
 from pipeline.submit import Pipeline
 from pipeline.watch import Status
+from tests.components.test_storage import certificate
 from tests.pipeline.kfp_server import FakeKFP, Fault, serving
 
 OPTIONAL = ("name", "source_version", "space", "resumes")
@@ -173,8 +174,8 @@ def test_of_two_jobs_at_one_moment_the_first_run_stays_and_is_the_run(
     class Late(Server):
         """Does not see the run that another job is making."""
 
-        def create(self, path: str, body: Any, find: Any, **more: Any) -> Any:
-            return super().create(path, body, (lambda: None) if path == "runs" else find, **more)
+        def create(self, find: Any, call: Any, *given: Any, **more: Any) -> Any:
+            return super().create((lambda: None) if call.__name__ == "run_service_create_run" else find, call, *given, **more)
 
     late = Late(**{name: getattr(server, name) for name in Server.__dataclass_fields__})
     first, _ = submitted(late, pipeline)
@@ -253,7 +254,7 @@ def test_of_several_runs_of_a_name_the_one_that_counts(states: list[str], best: 
 
 def test_what_the_server_says_of_a_wrong_body_is_passed_on(server: Server, fake: FakeKFP, pipeline: Pipeline) -> None:
     fake.faults = [Fault("POST runs", 400)]
-    with pytest.raises(FFNError, match="refuses POST runs: 400 trouble"):
+    with pytest.raises(FFNError, match="refuses to create run: 400 trouble"):
         submitted(server, pipeline)
 
 
@@ -287,6 +288,22 @@ def test_a_login_of_netrc_does_not_replace_our_token(
     assert submitted(quick(Endpoint(url=url, ui=url, token="ours")), pipeline)[1] == "made"
 
 
+def test_an_authority_of_ones_own(fake: FakeKFP, pipeline: Pipeline, tmp_path: Path) -> None:
+    crt, key = certificate(tmp_path)
+    with serving(fake, (crt, key)) as url:
+        with pytest.raises(FFNError, match=rf"{url}: certificate not trusted .*; FFN_KFP_CA names the authority's file"):
+            submitted(quick(Endpoint(url=url, ui="")), pipeline)
+        assert submitted(quick(Endpoint(url=url, ui="", ca=str(crt))), pipeline)[1] == "made"
+
+
+def test_a_proxy_of_the_environment_is_used(url: str, fake: FakeKFP, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", url)
+    assert submitted(quick(Endpoint(url="http://kfp.invalid", ui="")), pipeline)[1] == "made"
+    monkeypatch.setenv("no_proxy", "kfp.invalid")
+    with pytest.raises(Unreachable, match=r"kfp\.invalid"):
+        submitted(quick(Endpoint(url="http://kfp.invalid", ui=""), patience=0.01), pipeline)
+
+
 @pytest.mark.parametrize(("kind", "location"), [(302, "https://login.example/"), (401, ""), (403, ""), ("html", "")])
 def test_a_page_to_log_in_is_a_refusal(server: Server, fake: FakeKFP, pipeline: Pipeline, kind: str | int, location: str) -> None:
     fake.faults = [Fault("GET experiments", kind, location=location)]
@@ -300,6 +317,8 @@ def test_a_page_to_log_in_is_a_refusal(server: Server, fake: FakeKFP, pipeline: 
     [
         ({}, "FFN_KFP_URL='': expected the address"),
         ({"FFN_KFP_URL": "kfp.example"}, "FFN_KFP_URL='kfp.example'"),
+        ({"FFN_KFP_URL": "http://k:port"}, "FFN_KFP_URL='http://k:port'"),
+        ({"FFN_KFP_URL": "https://k", "FFN_KFP_CA": "/nowhere"}, "FFN_KFP_CA=/nowhere: no such file"),
         ({"FFN_KFP_URL": "http://k", "FFN_KFP_TOKEN": "a", "FFN_KFP_COOKIE": "b"}, "FFN_KFP_TOKEN and FFN_KFP_COOKIE are set"),
     ],
 )
@@ -550,7 +569,7 @@ def test_a_refusal_and_an_absent_server_have_their_statuses(
     assert "see FFN_KFP_TOKEN" in capsys.readouterr().err
     monkeypatch.setattr(Server, "from_environment", lambda: quick(Endpoint(url="http://127.0.0.1:9", ui=""), patience=0.05))
     assert main(["cluster", "watch", "demo"]) == Status.UNREACHABLE == 5
-    assert "ffn: error: unreachable: http://127.0.0.1:9: GET experiments" in capsys.readouterr().err
+    assert "ffn: error: unreachable: http://127.0.0.1:9: list experiments: " in capsys.readouterr().err
 
 
 def test_schedules_are_listed(

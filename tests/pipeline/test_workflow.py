@@ -3,12 +3,14 @@
 import base64
 import gzip
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from components.cluster import argo_nodes
 from pipeline.workflow import Workflows, reason, troubles
+from tests.pipeline.kubernetes_api import FakeKubernetes, denied, kubernetes
 
 VALUES = {"preset": "S4", "protocol": "ntu60-xsub", "stream": "j", "seed": 0, "overrides": []}
 
@@ -85,16 +87,16 @@ def test_many_nodes_are_compressed() -> None:
     assert reason("") == "ended without a word"
 
 
-def test_a_cluster_that_refuses_or_is_away_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kubernetes.client.exceptions import ApiException
-    from urllib3.exceptions import MaxRetryError
-
-    class Api:
-        def __init__(self, error: Exception) -> None:
-            self.error = error
-
-        def list_namespaced_custom_object(self, *_: str, **__: Any) -> Any:
-            raise self.error
-
-    for error in (ApiException(403), MaxRetryError(None, "url"), ConnectionError()):  # type: ignore[arg-type]
-        assert Workflows(api=Api(error), namespace="n").troubles("run") == []
+def test_a_cluster_that_refuses_or_is_away_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api, place = FakeKubernetes(), "/apis/argoproj.io/v1alpha1/namespaces/kubeflow/workflows?pipeline/runid=run"
+    with kubernetes(api, tmp_path) as config:
+        monkeypatch.setenv("KUBECONFIG", str(config))
+        workflows = Workflows.reach("kubeflow")
+        assert workflows
+        api.objects[place] = {"items": [workflow(node("Failed", "x"))]}
+        assert [found.why for found in workflows.troubles("run")] == ["x"]
+        api.objects[place] = denied("list", "workflows")
+        assert workflows.troubles("run") == []
+    assert workflows.troubles("run") == []
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    assert Workflows.reach("kubeflow") is None
