@@ -1,4 +1,7 @@
-"""`ffn cluster`: the pipeline on Kubeflow Pipelines."""
+"""`ffn cluster`: the pipeline on Kubeflow Pipelines.
+
+Where that is, and what runs ask of it, comes from the environment, which a file of the cluster fills in (pipeline/clusterfile.py).
+"""
 
 import argparse
 import os
@@ -65,8 +68,8 @@ def add(verbs: Verbs) -> None:
 def check(given: argparse.Namespace) -> int:
     """Look whether the cluster gives what a run needs, one line each, and say the remedy where it does not.
 
-    Reads the same variables as compile and submit, and the kubeconfig; makes one pod as a step's is, and deletes it. Exit status 1
-    where something fails; a warning is none.
+    Reads the same file and variables as compile and submit, and the kubeconfig; makes one pod as a step's is, and deletes it. Exit
+    status 1 where something fails; a warning is none.
     """
     from pipeline.check import examine
     from pipeline.check.finding import State
@@ -84,7 +87,7 @@ def check(given: argparse.Namespace) -> int:
 
 
 def compile(given: argparse.Namespace) -> None:
-    """Write the pipeline as YAML for a cluster; FFN_IMAGE, FFN_GPUS and the like say how (see docs/pipeline.md)."""
+    """Write the pipeline as YAML for a cluster; its file, or FFN_IMAGE, FFN_GPUS and the like, say how (see docs/cluster.md)."""
     import tempfile
 
     from kfp import compiler
@@ -126,7 +129,7 @@ def compile(given: argparse.Namespace) -> None:
 def submit(given: argparse.Namespace) -> int:
     """Submit a compiled pipeline to Kubeflow Pipelines, once: the same command finds the run it made.
 
-    Prints the run's id; FFN_KFP_URL and the like say where (see docs/cluster.md).
+    Prints the run's id; the cluster's file, or FFN_KFP_URL and the like, say where (see docs/cluster.md).
     """
     from pipeline import submit as kfp
     from pipeline.server import Server

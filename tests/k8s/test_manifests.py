@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.clusterfile import read
 from tests.k8s.conftest import K8S, OVERLAYS, ROOT, Objects, containers, env_file, named, pod, render
 
 KUBERNETES = ("1.31", "1.34", "1.37")
@@ -275,7 +276,7 @@ def test_kfp_is_installed_in_the_version_that_compiles_and_its_steps_know_mlflow
     versions = set(re.findall(r"\?ref=([\w.]+)\"", page))
     (pin,) = re.findall(r"^kfp==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert versions == {pin}
-    (uri,) = set(re.findall(r"MLFLOW_TRACKING_URI=(http://mlflow\S+)", page))
+    uri = read(ROOT / "cluster" / "example.yaml")["mlflow.uri"]
     service = named(render(K8S / "overlays" / "dev"), "Service", "mlflow")
     assert uri == f"http://mlflow.{service['metadata']['namespace']}:{service['spec']['ports'][0]['port']}"
     hosts = env_file(K8S / "base" / "mlflow.env")["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
