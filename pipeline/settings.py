@@ -68,6 +68,8 @@ class Settings:
     """Kubernetes Secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     s3_secret: str = ""
     """Kubernetes Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""
+    webhook_secret: str = ""
+    """Kubernetes Secret with FFN_WEBHOOK, the address that is told of a run's end and of a new champion, in Slack's JSON."""
     ca: str = ""
     """ConfigMap with ca.crt, the authorities that MLflow and S3 are to be trusted by, in place of the public ones."""
     gpu: str = "nvidia.com/gpu"

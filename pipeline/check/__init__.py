@@ -161,7 +161,11 @@ def _kfp(server: Callable[[], Server], given: str) -> tuple[list[Finding], Json]
 def _names(cluster: Cluster, inside: str, settings: Settings, namespace: str) -> list[Finding]:
     """The Secrets and ConfigMaps that settings name."""
     found = []
-    for name, keys in ((settings.mlflow_secret, placement.MLFLOW_KEYS), (settings.s3_secret, placement.S3_KEYS)):
+    for name, keys in (
+        (settings.mlflow_secret, placement.MLFLOW_KEYS),
+        (settings.s3_secret, placement.S3_KEYS),
+        (settings.webhook_secret, placement.WEBHOOK_KEYS),
+    ):
         if name:
             found.append(_look(cluster, f"{inside}/secrets/{name}", _secret_of(name, namespace, keys)))
     if name := settings.pull_secret:

@@ -175,10 +175,14 @@ def watch(given: argparse.Namespace) -> int:
 
 
 def cancel(given: argparse.Namespace) -> int:
-    """End a run of Kubeflow Pipelines: its trainings keep their states, MLflow says KILLED, `submit --retry` goes on from there."""
+    """End a run of Kubeflow Pipelines: its trainings keep their states, MLflow says KILLED, `submit --retry` goes on from there.
+
+    Nothing of the run can tell anybody any more: FFN_WEBHOOK is told from here, if it is set.
+    """
+    from components.notify import notify
     from pipeline import submit as kfp
     from pipeline.server import Server
-    from pipeline.watch import Status, close, ended, told
+    from pipeline.watch import Status, close, ended, page, told
     from pipeline.watch import cancel as end
 
     server = Server.from_environment()
@@ -190,6 +194,7 @@ def cancel(given: argparse.Namespace) -> int:
         end(server, run)
         print(f"ffn: run {given.run} is asked to end", file=sys.stderr)
         close(run, Status.CANCELLED)
+        notify(f"{given.run}: cancelled\nKFP: {page(server, run)}")
         return 0
 
     return told(work)
