@@ -207,6 +207,14 @@ def mirrored(folder: str | Path, name: str) -> Iterator[tuple[Path, Callable[[],
             keep(now=True)
 
 
+@contextlib.contextmanager
+def _store(uri: str) -> Iterator[tuple[Any, str, str]]:
+    """Yield a client, and the bucket and the key that `uri` names. What boto3 raises in the block is an `FFNError` after it."""
+    place = Place.parse(uri)
+    with _clear(place):
+        yield _client(), place.bucket, place.key
+
+
 class _Damaged(Exception):
     """What came back is not what was sent."""
 

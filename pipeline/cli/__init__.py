@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = Verbs(root)
     daily.add(verbs)
     model.add(verbs.group("model", "registered models: list, promote, roll back, compare", options.cluster_models))
-    cluster.add(verbs.group("cluster", "Kubeflow Pipelines: check, compile, submit, watch, schedule", options.cluster))
+    cluster.add(verbs.group("cluster", "Kubeflow Pipelines: check, compile, submit, watch, schedule, clean up", options.cluster))
     return root
 
 

@@ -5,7 +5,9 @@ Where that is, and what runs ask of it, comes from the environment, which a file
 
 import argparse
 import os
+import re
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +58,11 @@ def add(verbs: Verbs) -> None:
     _submission(added)
     added.add_argument("--name", required=True, help="of the schedule; one of that name is replaced")
     added.add_argument("--cron", required=True, help="minute hour day month weekday, in the server's time zone: '0 2 * * 0'")
+
+    added = verbs.add(gc, "what runs left behind and nobody needs; with --delete it goes")
+    added.add_argument("--older-than", type=_age, default="30d", metavar="AGE", help="since its last use: 30d, 12h; default 30d")
+    added.add_argument("--delete", action="store_true", help="do it; else nothing changes")
+    _experiment(added)
 
     added = verbs.add(schedules, "list the schedules")
     _experiment(added)
@@ -258,6 +265,39 @@ def unschedule(given: argparse.Namespace) -> int:
         return 0
 
     return told(work)
+
+
+def gc(given: argparse.Namespace) -> int:
+    """Tell what runs left behind and nobody needs: runs that are open or failed in MLflow, states of trainings, archived runs.
+
+    What a registered model is from, and what goes on, is none of it. Exit status 1 where something was not looked at, or stays.
+    """
+    uri = os.environ.get("FFN_MLFLOW_UI") or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise FFNError("where is MLflow? name the cluster's file in --cluster, or set FFN_MLFLOW_UI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    from pipeline import gc
+    from pipeline.server import Server
+    from pipeline.settings import Settings
+    from pipeline.watch import told
+
+    server, settings = Server.from_environment(), Settings.from_environment()
+
+    def work() -> int:
+        well = gc.sweep(
+            server, checkpoints=settings.checkpoints, experiment=given.experiment, older=given.older_than, delete=given.delete
+        )  # fmt: skip
+        print(f"\n{gc.by_hand(max(1, given.older_than.days))}", file=sys.stderr)
+        return 0 if well else 1
+
+    return told(work)
+
+
+def _age(text: str) -> timedelta:
+    units = {"d": "days", "h": "hours", "m": "minutes"}
+    if not (said := re.fullmatch(r"(\d+)([dhm])", text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected days, hours or minutes, such as 30d")
+    return timedelta(**{units[said[2]]: int(said[1])})
 
 
 def _submission(added: argparse.ArgumentParser) -> None:
