@@ -46,6 +46,7 @@ OWN: dict[str, object] = {
     "image": IMAGE,
     "mlflow_secret": "ffn-mlflow",
     "s3_secret": "ffn-s3",
+    "checkpoints": "s3://ffn/states",
 }
 UNSAID = {"kfp.service_account": "ffn-pipeline", "mlflow.experiment": "ffn"}
 FILE = f"""\
@@ -177,7 +178,9 @@ def test_the_file_alone_submits_and_watches(
     fake.states = [{"state": "SUCCEEDED"}]  # type: ignore[assignment]
     with serving(fake) as url:
         path = tmp_path / "here.yaml"
-        path.write_text(f"kfp:\n  url: {url}\n  ui: https://kfp.example\n  service_account: trainer\nimage: {IMAGE}\n")
+        path.write_text(
+            f"kfp:\n  url: {url}\n  ui: https://kfp.example\n  service_account: trainer\nimage: {IMAGE}\ncheckpoints: s3://a/b\n"
+        )
         monkeypatch.setenv("FFN_CLUSTER", str(path))
         assert main(["cluster", "compile", "--protocols", "p", "--streams", "j", "--out", str(out)]) == 0
         assert main(["cluster", "submit", str(out), "--data", "/mnt/data/a", "--name", "once"]) == 0
