@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from components import LABEL, Mistake, cluster, say
+from components.notify import notify
 from ffn.errors import Fault, FFNError
 
 ATTEMPTS = "FFN_ATTEMPTS"
@@ -79,6 +80,8 @@ def _run(step: str, inputs: Mapping[str, Any], *, last: bool) -> Any:
 
 def _record(step: str, inputs: Mapping[str, Any], said: str) -> None:
     cluster.leave_word(f"{label(step, inputs)}: {said}")
+    if step == "finish":  # which would have told the others' failures
+        notify(f"{inputs.get('job')}: its results could not be written, by finish: {said}")
     if step == "begin":
         return  # the run that it did not open is not its to mark
     from components import tracking

@@ -53,6 +53,23 @@ def markdown(summary: Summary) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def short(summary: Summary) -> str:
+    """The summary in a few lines, as a message: why it failed before everything else."""
+    whys = [f"{step}: {' '.join(why.split())[:LONGEST_WHY]}" for step, why in summary.failed.items()]
+    parts = [f"{summary.name}: {summary.status}" + (f" in {whys[0]}" if whys else ""), *whys[1:MOST_WHYS]]
+    if len(whys) > MOST_WHYS:
+        parts.append(f"and {len(whys) - MOST_WHYS} more")
+    if not report.compares(summary.results):
+        widest = {result.protocol: result for result in report.in_order(summary.results)}
+        parts += [f"{result.protocol} {result.stream}: top1 {100 * result.top1:.1f} %" for result in widest.values()]
+    parts += summary.models
+    return "\n".join([*parts, *(f"{name}: {address}" for name, address in summary.links.items())])
+
+
+LONGEST_WHY, MOST_WHYS = 300, 5
+"""Characters of a reason, and reasons, in a message."""
+
+
 def page(summary: Summary, figures: Mapping[str, bytes]) -> str:
     """The summary as one HTML page that asks nothing of any server; `figures` are titles and PNG files."""
     said = html.escape

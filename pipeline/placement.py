@@ -4,6 +4,7 @@ import re
 
 from kfp import dsl, kubernetes
 
+from components.notify import WEBHOOK
 from ffn.errors import FFNError
 from pipeline.settings import Settings
 
@@ -17,12 +18,16 @@ steps find in the durable store what they made. The parent run's id is part of e
 STORES = frozenset({"ingest", "train", "evaluate", "register", "gate"})
 """Steps that read or write the durable store."""
 
+TELLING = frozenset({"finish", "promote"})
+"""Steps that notify people."""
+
 HEAVY = frozenset({"train", "evaluate", "gate"})
 THREADS = "OMP_NUM_THREADS"
 """Variable with the threads of a process: left to itself it takes one for every core of the node, whatever its limit is."""
 
 MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+WEBHOOK_KEYS = (WEBHOOK,)
 """Keys of the Secrets, which are the variables that steps get from them."""
 
 CA_FOLDER = "/etc/ffn/ca"
@@ -140,6 +145,8 @@ def _pod(task: dsl.PipelineTask, settings: Settings, step: str) -> None:
     for secret, keys in ((settings.mlflow_secret, MLFLOW_KEYS), (settings.s3_secret, S3_KEYS)):
         if secret:
             kubernetes.use_secret_as_env(task, secret, {key: key for key in keys})
+    if step in TELLING and settings.webhook_secret:  # optional: without it nobody is told, and all else goes well
+        kubernetes.use_secret_as_env(task, settings.webhook_secret, {key: key for key in WEBHOOK_KEYS}, optional=True)
     if settings.ca:
         kubernetes.use_config_map_as_volume(task, settings.ca, CA_FOLDER)
         for name in CA_VARIABLES:

@@ -1,10 +1,13 @@
-"""Where the pipeline runs: image, volumes, secrets, resources. Read from the environment, fixed when the pipeline is compiled."""
+"""Where the pipeline runs: image, volumes, secrets, resources. Fixed when the pipeline is compiled.
+
+Read from the environment, which `pipeline/clusterfile.py` fills in from a file.
+"""
 
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Self
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from components import IMAGE
@@ -34,18 +37,18 @@ class Toleration:
     """Empty for every effect."""
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """Raises `FFNError` where there is no key, or the effect is none of Kubernetes'."""
+    def parse(cls, text: str, name: str = "FFN_TOLERATIONS") -> Self:
+        """Raises `FFNError`, of what is called `name`, where there is no key, or the effect is none of Kubernetes'."""
         rest, _, effect = text.partition(":")
         key, _, value = rest.partition("=")
         if not key or effect not in ("", "NoSchedule", "PreferNoSchedule", "NoExecute"):
-            raise FFNError(f"FFN_TOLERATIONS: {text!r}: expected KEY[=VALUE][:NoSchedule|PreferNoSchedule|NoExecute]")
+            raise FFNError(f"{name}: {text!r}: expected KEY[=VALUE][:NoSchedule|PreferNoSchedule|NoExecute]")
         return cls(key=key, value=value, effect=effect)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Every field is read from the environment variable FFN_<FIELD> by `from_environment`.
+    """Every field is the key of its name in a cluster's file, and the environment variable FFN_<FIELD>.
 
     Heavy steps are train, evaluate and gate, light ones the rest.
     """
@@ -66,16 +69,18 @@ class Settings:
     """Kubernetes Secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     s3_secret: str = ""
     """Kubernetes Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""
+    webhook_secret: str = ""
+    """Kubernetes Secret with FFN_WEBHOOK, the address that is told of a run's end and of a new champion, in Slack's JSON."""
     ca: str = ""
-    """ConfigMap with ca.crt, the authorities that MLflow and S3 are to be trusted by."""
+    """ConfigMap with ca.crt, the authorities that MLflow and S3 are to be trusted by, in place of the public ones."""
     gpu: str = "nvidia.com/gpu"
     """Kind of accelerator: the name of the resource that nodes offer."""
     gpus: int = 1
     """Accelerators of a training; an evaluation and a gate take one; 0 for none."""
     node_selector: Mapping[str, str] = field(default_factory=dict)
-    """Labels of the nodes for heavy steps; `key=value`, with commas between."""
+    """Labels of the nodes for heavy steps."""
     tolerations: tuple[Toleration, ...] = ()
-    """Taints that heavy steps put up with; `key=value:effect`, with commas between."""
+    """Taints that heavy steps put up with, each `key=value:effect` or {key, value, effect}."""
     shm: str = "8Gi"
     """Size of /dev/shm of a heavy step, in memory; what is written there counts as the step's memory."""
     cpu: str = "8"
@@ -87,7 +92,7 @@ class Settings:
     light_memory: str = "8Gi"
     """Memory limit of a light step; 2Gi are requested."""
     parallelism: int = 0
-    """Streams of a protocol that train at once; 0 for all."""
+    """Streams of each protocol that train at once; 0 for all."""
     retries: int = 2
     """How often a step that died is begun again in its pod, and a lost pod made again; a training goes on after its last epoch."""
     hours: int = 72
@@ -108,27 +113,15 @@ class Settings:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """The settings of a cluster. Raises `FFNError` for a value of the wrong form, and for a password in a passed-on URL."""
+        """The settings of a cluster: text and numbers as they are, 0 or 1, `key=value` and tolerations with commas between.
+
+        Raises `FFNError` for a value of the wrong form, and for a password in a passed-on URL.
+        """
         given: dict[str, object] = {}
-        for item in fields(cls):
+        for item in named():
             name = f"FFN_{item.name.upper()}"
-            text = os.environ.get(name)
-            if text is None or item.name in ("local", "environment"):
-                continue
-            if item.type is bool and text not in ("0", "1"):
-                raise FFNError(f"{name}={text!r}: expected 0 or 1")
-            if item.type is int and not text.isdigit():
-                raise FFNError(f"{name}={text!r}: expected a whole number")
-            if item.name in ("shm", "cpu", "memory", "light_cpu", "light_memory") and not QUANTITY.fullmatch(text):
-                raise FFNError(f"{name}={text!r}: expected a quantity such as 8, 500m, 32Gi")
-            if item.name == "tolerations":
-                given[item.name] = tuple(Toleration.parse(part.strip()) for part in text.split(",") if part.strip())
-            elif item.name == "node_selector":
-                given[item.name] = _pairs(name, text)
-            elif item.type is float:
-                given[item.name] = number(name, text)
-            else:
-                given[item.name] = item.type(int(text)) if item.type in (int, bool) else text
+            if (text := os.environ.get(name)) is not None:
+                given[item.name] = parsed(item, name, text)
         passed = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
         for name, value in passed.items():
             if urlsplit(value).password:
@@ -171,6 +164,32 @@ def number(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise FFNError(f"{name}={text!r}: expected a fraction, as 0.5") from None
+
+
+QUANTITIES = ("shm", "cpu", "memory", "light_cpu", "light_memory")
+"""Fields that are Kubernetes' quantities."""
+
+
+def named() -> list[Field[Any]]:
+    """The fields that a cluster's settings consist of."""
+    return [item for item in fields(Settings) if item.name not in ("local", "environment")]
+
+
+def parsed(item: Field[Any], name: str, text: str) -> object:
+    """The field's value of its text. Raises `FFNError`, of what is called `name`, where it has the wrong form."""
+    if item.type is bool and text not in ("0", "1"):
+        raise FFNError(f"{name}={text!r}: expected 0 or 1")
+    if item.type is int and not text.isdigit():
+        raise FFNError(f"{name}={text!r}: expected a whole number")
+    if item.name in QUANTITIES and not QUANTITY.fullmatch(text):
+        raise FFNError(f"{name}={text!r}: expected a quantity such as 8, 500m, 32Gi")
+    if item.name == "tolerations":
+        return tuple(Toleration.parse(part.strip(), name) for part in text.split(",") if part.strip())
+    if item.name == "node_selector":
+        return _pairs(name, text)
+    if item.type is float:
+        return number(name, text)
+    return item.type(int(text)) if item.type in (int, bool) else text
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:

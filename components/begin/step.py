@@ -92,14 +92,19 @@ def held(lock: Path) -> bool:
 
 def origin(run: str) -> dict[str, str]:
     """Run tag -> commit, image, and KFP's id and page of the pipeline `run`, as far as they are known."""
-    ui = os.environ.get("FFN_KFP_UI", "").rstrip("/")
     found = {
         tracking.COMMIT: os.environ.get("FFN_COMMIT") or commit(),
         tracking.LINEAGE["image"]: os.environ.get("FFN_IMAGE", ""),
         tracking.LINEAGE["kfp_run"]: run,
-        tracking.LINEAGE["kfp_url"]: f"{ui}/#/runs/details/{run}" if ui and run else "",
+        tracking.LINEAGE["kfp_url"]: page(run),
     }
     return {tag: value for tag, value in found.items() if value}
+
+
+def page(run: str) -> str:
+    """Where a person's browser finds KFP's run; empty where that is not known."""
+    ui = os.environ.get("FFN_KFP_UI", "").rstrip("/")
+    return f"{ui}/#/runs/details/{run}" if ui and run else ""
 
 
 def commit() -> str:

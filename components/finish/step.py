@@ -9,6 +9,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from components import cluster, registry, say, step, tracking
+from components.begin.step import page as kfp_page
+from components.notify import notify
 from ffn import plots, report, summary
 from ffn.errors import FFNError
 from ffn.report import Result
@@ -37,9 +39,11 @@ def run(*, job: str, status: str, table: Path, metrics: Path, report: Path) -> d
     try:
         parent = tracking.parent(job)
     except FFNError as error:
-        begun = Summary(name=job, status="FAILED", failed={"begin": f"no run was opened in MLflow; its log says why ({error})"})
+        why, link = f"no run was opened in MLflow; its log says why ({error})", kfp_page(job)
+        begun = Summary(name=job, status="FAILED", failed={"begin": why}, links={"KFP": link} if link else {})
         table.write_text(summary.markdown(begun))
         report.write_text(summary.page(begun, {}))
+        notify(summary.short(begun))
         return {}
     results, ours = by_order(parent), parent.open
     failed = tracking.failures(parent.id)
@@ -51,6 +55,7 @@ def run(*, job: str, status: str, table: Path, metrics: Path, report: Path) -> d
     if ours:
         log(parent, text, page, results)
         tracking.end(parent.id, ended)  # the last of all: what is cut off before is done by the next attempt
+        notify(summary.short(told))
     for what, why in failed.items():
         say(f"FAILED: {what}: {why}")
     return {name_of(result, results): result.top1 for result in results}

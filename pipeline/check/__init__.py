@@ -167,7 +167,11 @@ def _kfp(server: Callable[[], Server], given: str) -> tuple[list[Finding], Json]
 
 def _names(core: CoreV1Api, settings: Settings, namespace: str) -> Iterator[Finding]:
     """The Secrets and ConfigMaps that settings name."""
-    for name, keys in ((settings.mlflow_secret, placement.MLFLOW_KEYS), (settings.s3_secret, placement.S3_KEYS)):
+    for name, keys in (
+        (settings.mlflow_secret, placement.MLFLOW_KEYS),
+        (settings.s3_secret, placement.S3_KEYS),
+        (settings.webhook_secret, placement.WEBHOOK_KEYS),
+    ):
         if name:
             yield _secret(core, name, namespace, keys)
     if name := settings.pull_secret:

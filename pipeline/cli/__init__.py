@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from ffn.errors import FFNError
-from pipeline.cli import cluster, daily, model
+from pipeline.cli import cluster, daily, model, options
 from pipeline.cli.options import Verbs
 
 
@@ -17,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 a failed step, 2 a mistake to mend, 130 interrupted, 141 unread."""
     given = parser().parse_args(arguments)
     try:
-        status = int(given.verb(given) or 0)
+        with options.applied(given):
+            status = int(given.verb(given) or 0)
         sys.stdout.flush()
         return status
     except FFNError as error:
@@ -36,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="ffn", description="From raw skeletons to a promoted action-recognition model.")
     verbs = Verbs(root)
     daily.add(verbs)
-    model.add(verbs.group("model", "registered models: list, promote, roll back, compare"))
-    cluster.add(verbs.group("cluster", "Kubeflow Pipelines: check, compile, submit, watch, schedule"))
+    model.add(verbs.group("model", "registered models: list, promote, roll back, compare", options.cluster_models))
+    cluster.add(verbs.group("cluster", "Kubeflow Pipelines: check, compile, submit, watch, schedule, clean up", options.cluster))
     return root
 
 

@@ -1,8 +1,13 @@
-"""`ffn cluster`: the pipeline on Kubeflow Pipelines."""
+"""`ffn cluster`: the pipeline on Kubeflow Pipelines.
+
+Where that is, and what runs ask of it, comes from the environment, which a file of the cluster fills in (pipeline/clusterfile.py).
+"""
 
 import argparse
 import os
+import re
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +59,11 @@ def add(verbs: Verbs) -> None:
     added.add_argument("--name", required=True, help="of the schedule; one of that name is replaced")
     added.add_argument("--cron", required=True, help="minute hour day month weekday, in the server's time zone: '0 2 * * 0'")
 
+    added = verbs.add(gc, "what runs left behind and nobody needs; with --delete it goes")
+    added.add_argument("--older-than", type=_age, default="30d", metavar="AGE", help="since its last use: 30d, 12h; default 30d")
+    added.add_argument("--delete", action="store_true", help="do it; else nothing changes")
+    _experiment(added)
+
     added = verbs.add(schedules, "list the schedules")
     _experiment(added)
 
@@ -65,8 +75,8 @@ def add(verbs: Verbs) -> None:
 def check(given: argparse.Namespace) -> int:
     """Look whether the cluster gives what a run needs, one line each, and say the remedy where it does not.
 
-    Reads the same variables as compile and submit, and the kubeconfig; makes one pod as a step's is, and deletes it. Exit status 1
-    where something fails; a warning is none.
+    Reads the same file and variables as compile and submit, and the kubeconfig; makes one pod as a step's is, and deletes it. Exit
+    status 1 where something fails; a warning is none.
     """
     from components.kube import connect
     from pipeline.check import examine
@@ -84,7 +94,7 @@ def check(given: argparse.Namespace) -> int:
 
 
 def compile(given: argparse.Namespace) -> None:
-    """Write the pipeline as YAML for a cluster; FFN_IMAGE, FFN_GPUS and the like say how (see docs/pipeline.md)."""
+    """Write the pipeline as YAML for a cluster; its file, or FFN_IMAGE, FFN_GPUS and the like, say how (see docs/cluster.md)."""
     import tempfile
 
     from kfp import compiler
@@ -126,7 +136,7 @@ def compile(given: argparse.Namespace) -> None:
 def submit(given: argparse.Namespace) -> int:
     """Submit a compiled pipeline to Kubeflow Pipelines, once: the same command finds the run it made.
 
-    Prints the run's id; FFN_KFP_URL and the like say where (see docs/cluster.md).
+    Prints the run's id; the cluster's file, or FFN_KFP_URL and the like, say where (see docs/cluster.md).
     """
     from pipeline import submit as kfp
     from pipeline.server import Server
@@ -172,10 +182,14 @@ def watch(given: argparse.Namespace) -> int:
 
 
 def cancel(given: argparse.Namespace) -> int:
-    """End a run of Kubeflow Pipelines: its trainings keep their states, MLflow says KILLED, `submit --retry` goes on from there."""
+    """End a run of Kubeflow Pipelines: its trainings keep their states, MLflow says KILLED, `submit --retry` goes on from there.
+
+    Nothing of the run can tell anybody any more: FFN_WEBHOOK is told from here, if it is set.
+    """
+    from components.notify import notify
     from pipeline import submit as kfp
     from pipeline.server import Server
-    from pipeline.watch import Status, close, ended, told
+    from pipeline.watch import Status, close, ended, page, told
     from pipeline.watch import cancel as end
 
     server = Server.from_environment()
@@ -187,6 +201,7 @@ def cancel(given: argparse.Namespace) -> int:
         end(server, run)
         print(f"ffn: run {given.run} is asked to end", file=sys.stderr)
         close(run, Status.CANCELLED)
+        notify(f"{given.run}: cancelled\nKFP: {page(server, run)}")
         return 0
 
     return told(work)
@@ -250,6 +265,39 @@ def unschedule(given: argparse.Namespace) -> int:
         return 0
 
     return told(work)
+
+
+def gc(given: argparse.Namespace) -> int:
+    """Tell what runs left behind and nobody needs: runs that are open or failed in MLflow, states of trainings, archived runs.
+
+    What a registered model is from, and what goes on, is none of it. Exit status 1 where something was not looked at, or stays.
+    """
+    uri = os.environ.get("FFN_MLFLOW_UI") or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise FFNError("where is MLflow? name the cluster's file in --cluster, or set FFN_MLFLOW_UI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    from pipeline import gc
+    from pipeline.server import Server
+    from pipeline.settings import Settings
+    from pipeline.watch import told
+
+    server, settings = Server.from_environment(), Settings.from_environment()
+
+    def work() -> int:
+        well = gc.sweep(
+            server, checkpoints=settings.checkpoints, experiment=given.experiment, older=given.older_than, delete=given.delete
+        )  # fmt: skip
+        print(f"\n{gc.by_hand(max(1, given.older_than.days))}", file=sys.stderr)
+        return 0 if well else 1
+
+    return told(work)
+
+
+def _age(text: str) -> timedelta:
+    units = {"d": "days", "h": "hours", "m": "minutes"}
+    if not (said := re.fullmatch(r"(\d+)([dhm])", text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected days, hours or minutes, such as 30d")
+    return timedelta(**{units[said[2]]: int(said[1])})
 
 
 def _submission(added: argparse.ArgumentParser) -> None:

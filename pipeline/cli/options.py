@@ -1,6 +1,8 @@
 """What the verbs of all groups share: how one is added, and the options that several of them take."""
 
 import argparse
+import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,16 +13,20 @@ from ffn.protocols import NTU_PROTOCOLS
 class Verbs:
     """The verbs of a parser: functions of the parsed arguments, each called as it is named, its docstring the description."""
 
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
+    def __init__(self, parser: argparse.ArgumentParser, share: Callable[[argparse.ArgumentParser], None] | None = None) -> None:
         self._verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+        self._share = share
 
     def add(self, function: Callable[[argparse.Namespace], int | None], help: str, *, name: str = "") -> argparse.ArgumentParser:
         added = self._verbs.add_parser(name or function.__name__, help=help, description=function.__doc__)
         added.set_defaults(verb=function)
+        if self._share:
+            self._share(added)
         return added
 
-    def group(self, name: str, help: str) -> "Verbs":
-        return Verbs(self._verbs.add_parser(name, help=help, description=help))
+    def group(self, name: str, help: str, share: Callable[[argparse.ArgumentParser], None] | None = None) -> "Verbs":
+        """A verb that has verbs of its own; `share` adds the options that all of them take."""
+        return Verbs(self._verbs.add_parser(name, help=help, description=help), share)
 
 
 def graph(added: argparse.ArgumentParser) -> None:
@@ -68,6 +74,30 @@ def model(added: argparse.ArgumentParser) -> None:
 
 def workspace(added: argparse.ArgumentParser) -> None:
     added.add_argument("--workspace", type=Path, help="where runs, models and states are kept; default FFN_WORKSPACE or .ffn")
+
+
+def cluster(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
+        "--cluster", type=Path, metavar="FILE",
+        help="its addresses and settings (cluster/example.yaml); default FFN_CLUSTER, or else the environment alone",
+    )  # fmt: skip
+
+
+def cluster_models(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="says where MLflow is; default FFN_CLUSTER, or else the environment"
+    )
+    added.set_defaults(mlflow_only=True)
+
+
+def applied(given: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Inside the block the environment says what the cluster's file does, of a verb that takes one."""
+    named = getattr(given, "cluster", None) or ("cluster" in given and os.environ.get("FFN_CLUSTER"))
+    if not named:
+        return contextlib.nullcontext()
+    from pipeline import clusterfile
+
+    return clusterfile.applied(Path(named), mlflow_only=getattr(given, "mlflow_only", False))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.clusterfile import read
 from pipeline.placement import MLFLOW_KEYS, S3_KEYS
 from tests.k8s.conftest import K8S, OVERLAYS, ROOT, Objects, changed, containers, env_file, named, overlay, pod, render, with_volume
 
@@ -332,7 +333,7 @@ def test_kfp_is_installed_in_the_version_that_compiles_and_its_steps_know_mlflow
     versions = set(re.findall(r"\?ref=([\w.]+)\"", page))
     (pin,) = re.findall(r"^kfp==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert versions == {pin}
-    (uri,) = set(re.findall(r"MLFLOW_TRACKING_URI=(http://mlflow\S+)", page))
+    uri = read(ROOT / "cluster" / "example.yaml")["mlflow.uri"]
     service = named(overlay("dev"), "Service", "mlflow")
     assert uri == f"http://mlflow.{service['metadata']['namespace']}:{service['spec']['ports'][0]['port']}"
     hosts = env_file(K8S / "base" / "mlflow.env")["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")

@@ -161,6 +161,24 @@ def test_secrets_are_named_and_never_written(compiled: Path, spec: Spec) -> None
         }
 
 
+def test_the_webhook_is_a_secret_of_the_steps_that_notify(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without it they run all the same: a message is no reason to fail."""
+    set_up(monkeypatch)
+    monkeypatch.setenv("FFN_WEBHOOK", "https://hooks.example/secret")
+    monkeypatch.setenv("FFN_WEBHOOK_SECRET", "ffn-webhook")
+    monkeypatch.setenv("FFN_PROMOTE", "1")
+    assert main(["cluster", "compile", "--protocols", "p", "--streams", "j", "--out", str(tmp_path / "pipeline.yaml")]) == 0
+    assert "hooks.example" not in (tmp_path / "pipeline.yaml").read_text()
+    spec = Spec(tmp_path / "pipeline.yaml")
+    got = {
+        step: secret.get("optional")
+        for step, executor, *_ in spec.tasks()
+        for secret in spec.pods[executor]["secretAsEnv"]
+        if secret["secretName"] == "ffn-webhook" and secret["keyToEnv"] == [{"envVar": "FFN_WEBHOOK", "secretKey": "FFN_WEBHOOK"}]
+    }
+    assert got == {"results": True, "promote": True}
+
+
 def test_states_and_recordings_are_volumes_where_they_are_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     set_up(monkeypatch)
     monkeypatch.setenv("FFN_CHECKPOINTS", "/mnt/checkpoints")
