@@ -74,18 +74,19 @@ KINDS: Mapping[object, tuple[tuple[str, ...], str]] = {
 
 
 @contextlib.contextmanager
-def applied(path: Path, *, mlflow_only: bool = False) -> Iterator[None]:
+def applied(path: Path, *, from_here: bool = False) -> Iterator[None]:
     """Inside the block the environment says what the file does, where it said nothing; what it has said itself is told in a line.
 
-    `mlflow_only`: for a person who looks at models, that is where MLflow is and nothing else. Raises `FFNError`.
+    `from_here`: for what this process does itself MLflow is at the address that people use, and nothing is said of KFP and of the
+    store, whose address is the steps' own. Raises `FFNError`.
     """
     given = read(path)
-    if mlflow_only:
-        uri = given.get("mlflow.ui") or given.get("mlflow.uri")
-        given = {"mlflow.uri": uri} if uri else {}
+    if from_here and "mlflow.ui" in given:
+        given["mlflow.uri"] = given["mlflow.ui"]
     new, overriding = {}, []
-    for name in ["mlflow.uri"] if mlflow_only else KEYS:
-        key = KEYS[name]
+    for name, key in KEYS.items():
+        if from_here and not key.field and name != "mlflow.uri":
+            continue
         said = {v: os.environ[v] for v in (key.variable, *key.also) if os.environ.get(v) or (key.empty and v in os.environ)}
         overriding += [variable for variable, text in said.items() if text != given.get(name)]
         if name in given and not said:

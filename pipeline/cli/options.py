@@ -85,9 +85,12 @@ def cluster(added: argparse.ArgumentParser) -> None:
 
 def cluster_models(added: argparse.ArgumentParser) -> None:
     added.add_argument(
-        "--cluster", type=Path, metavar="FILE", help="says where MLflow is; default FFN_CLUSTER, or else the environment"
+        "--cluster",
+        type=Path,
+        metavar="FILE",
+        help="where MLflow is, and its settings; default FFN_CLUSTER, or else the environment",
     )
-    added.set_defaults(mlflow_only=True)
+    added.set_defaults(from_here=True)
 
 
 def applied(given: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
@@ -97,7 +100,7 @@ def applied(given: argparse.Namespace) -> contextlib.AbstractContextManager[None
         return contextlib.nullcontext()
     from pipeline import clusterfile
 
-    return clusterfile.applied(Path(named), mlflow_only=getattr(given, "mlflow_only", False))
+    return clusterfile.applied(Path(named), from_here=getattr(given, "from_here", False))
 
 
 def _names(text: str) -> tuple[str, ...]:

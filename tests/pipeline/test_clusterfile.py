@@ -198,7 +198,10 @@ def test_models_are_looked_for_where_a_person_reaches_mlflow(
     uri = os.environ.pop("MLFLOW_TRACKING_URI")
     store.create_registered_model("ffn-p")
     path = tmp_path / "c.yaml"
-    path.write_text(f"mlflow: {{uri: 'http://mlflow.ffn:5000', ui: '{uri}'}}\nimage: x\n")
+    path.write_text(f"mlflow: {{uri: 'http://mlflow.ffn:5000', ui: '{uri}'}}\ns3: {{endpoint: 'http://s3.ffn:9000'}}\nretries: 1\n")
+    with applied(path, from_here=True):
+        assert os.environ["FFN_RETRIES"] == "1"
+        assert "AWS_ENDPOINT_URL_S3" not in os.environ  # the steps' address
     assert main(["model", "list", "--cluster", str(path), "--workspace", str(tmp_path / "w")]) == 0
     assert capsys.readouterr().out.startswith("ffn-p\n")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'empty.db'}")
