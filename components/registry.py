@@ -224,8 +224,12 @@ def registered() -> list[str]:
 
 
 def point(version: Version, alias: str) -> None:
-    """Make `alias` name this version."""
-    MlflowClient().set_registered_model_alias(version.name, alias, version.number)
+    """Make `alias` name this version. Of two that make one alias at the same moment MLflow fails one: it is asked once more."""
+    client = MlflowClient()
+    try:
+        client.set_registered_model_alias(version.name, alias, version.number)
+    except MlflowException:
+        client.set_registered_model_alias(version.name, alias, version.number)
 
 
 def mark(version: Version, tags: Mapping[str, str]) -> None:

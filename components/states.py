@@ -1,4 +1,4 @@
-"""The states of trainings as they lie in a folder or an object store: of which training, how large, how old; and their removal."""
+"""What steps keep in a folder or an object store, states of trainings, sets and scores: how large, how old; and their removal."""
 
 import contextlib
 import fcntl
@@ -13,20 +13,22 @@ from typing import Any
 from components import storage
 from ffn.errors import FFNError
 
-KEY = re.compile(r"[0-9a-f]{16}")
-"""What a training's folder is called (`ffn.training.train_key`). What is called otherwise is not ours."""
+OURS = re.compile(r"([0-9a-f]{16}(?=/)|(?:data|scores)/[0-9a-f]{16}(?=\.)).*")
+"""What is called so is ours: a training's folder (`ffn.training.train_key`), a set and its note, scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """All that is kept of one training."""
+    """All that is kept of one training, one set, or one table of scores."""
 
     place: str
-    """The folder, or `s3://BUCKET/PREFIX/KEY`."""
+    """The folder, or `s3://BUCKET/PREFIX/KEY`; of a set and of scores without what follows the key."""
     size: int
     """Bytes."""
     written: datetime
     """When anything of it was last written."""
+    kind: str = "state"
+    """`state`, `set` or `scores`."""
 
     @property
     def key(self) -> str:
@@ -40,22 +42,31 @@ def kept(checkpoints: str) -> list[Kept]:
         found.setdefault(key, []).append((size, written))
     root = checkpoints.rstrip("/")
     return [
-        Kept(place=f"{root}/{key}", size=sum(size for size, _ in of), written=max(written for _, written in of))
-        for key, of in sorted(found.items())
+        Kept(
+            place=f"{root}/{name}",
+            size=sum(size for size, _ in of),
+            written=max(written for _, written in of),
+            kind={"data": "set", "scores": "scores"}.get(name.partition("/")[0], "state"),
+        )
+        for name, of in sorted(found.items())
     ]
 
 
 def remove(kept: Kept) -> None:
-    """Remove what is kept of the training. Raises `FFNError` where it has been written to since, or is being."""
-    root, _, key = kept.place.rpartition("/")
+    """Remove it all. Raises `FFNError` where it has been written to since, or is being."""
     if storage.remote(kept.place):
         with storage._store(kept.place) as (client, bucket, prefix):
-            objects = list(_listed(client, bucket, f"{prefix}/"))
+            objects = list(_listed(client, bucket, prefix))
             _require_unchanged(kept, max((item["LastModified"] for item in objects), default=kept.written))
             for item in objects:
                 client.delete_object(Bucket=bucket, Key=item["Key"])
         return
-    _require_unchanged(kept, max((at for name, _, at in _filed(Path(root)) if name == key), default=kept.written))
+    files = [path for path in Path(kept.place).parent.glob(f"{kept.key}*") if path.is_file()] or list(Path(kept.place).iterdir())
+    _require_unchanged(kept, max((_written(path) for path in files), default=kept.written))
+    if not Path(kept.place).is_dir():
+        for path in files:
+            path.unlink(missing_ok=True)
+        return
     with contextlib.ExitStack() as held:
         for lock in Path(kept.place).glob("lock"):
             try:
@@ -74,18 +85,20 @@ def _stored(checkpoints: str) -> Iterator[tuple[str, int, datetime]]:
     with storage._store(checkpoints) as (client, bucket, prefix):
         below = f"{prefix}/" if prefix else ""
         for item in _listed(client, bucket, below):
-            key, slash, _ = item["Key"].removeprefix(below).partition("/")
-            if slash and KEY.fullmatch(key):
-                yield key, item["Size"], item["LastModified"]
+            if ours := OURS.fullmatch(item["Key"].removeprefix(below)):
+                yield ours[1], item["Size"], item["LastModified"]
 
 
 def _filed(folder: Path) -> Iterator[tuple[str, int, datetime]]:
     if not folder.is_dir():
         raise FFNError(f"{folder}: no such folder here; where it is a volume, call this where that is mounted")
     for path in folder.glob("*/*"):
-        if KEY.fullmatch(path.parent.name) and path.is_file():
-            about = path.stat()
-            yield path.parent.name, about.st_size, datetime.fromtimestamp(about.st_mtime, UTC)
+        if (ours := OURS.fullmatch(str(path.relative_to(folder)))) and path.is_file():
+            yield ours[1], path.stat().st_size, _written(path)
+
+
+def _written(path: Path) -> datetime:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
 
 
 def _listed(client: Any, bucket: str, prefix: str) -> Iterator[Any]:

@@ -100,11 +100,13 @@ def read(uri: str, pieces: Iterable[tuple[int, int]], file: Path, *, tag: str) -
 
         def copy(begin: int, end: int) -> None:
             answer = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={begin}-{end - 1}")
-            if answer["ETag"] != tag:
-                raise FFNError(f"{uri}: changed since it was written; `ffn cluster submit --retry` begins a run that reads it anew")
-            with file.open("r+b") as target:
+            with contextlib.closing(answer["Body"]) as body, file.open("r+b") as target:
+                if answer["ETag"] != tag:
+                    raise FFNError(
+                        f"{uri}: changed since it was written; `ffn cluster submit --retry` begins a run that reads it anew"
+                    )
                 target.seek(begin)
-                target.write(answer["Body"].read())
+                target.write(body.read())
 
         parts = [(at, min(at + PART, end)) for begin, end in pieces for at in range(begin, end, PART)]
         for done in [pool.submit(copy, *part) for part in parts]:

@@ -148,7 +148,7 @@ def never_closed(server: Server, ledger: Ledger, limit: datetime) -> Iterator[tu
 
 
 def unused(checkpoints: str, ledger: Ledger, over: dict[str, datetime], limit: datetime) -> Iterator[Leftover]:
-    """States of trainings that were written before `limit`, and whose last run has ended before it, or is not known.
+    """States, sets and scores that were written before `limit`, and whose last run has ended before it, or is not known.
 
     `over` are pipeline runs that MLflow calls RUNNING, and when they ended.
     """
@@ -166,7 +166,7 @@ def unused(checkpoints: str, ledger: Ledger, over: dict[str, datetime], limit: d
         at, name = used.get(kept.key, (kept.written, "no run in MLflow"))
         if max(at, kept.written) < limit:
             yield Leftover(
-                deed="remove state", size=kept.size, clear=partial(states.remove, kept),
+                deed=f"remove {kept.kind}", size=kept.size, clear=partial(states.remove, kept),
                 said=f"{kept.key}: {told(kept.size)}, of {name}, last used on {max(at, kept.written):%Y-%m-%d}",
             )  # fmt: skip
 
@@ -194,7 +194,7 @@ def by_hand(days: int) -> str:
     return f"""\
 The room of what is deleted in MLflow (docs/operations.md has the whole command):
     mlflow gc --older-than {days}d
-What KFP's steps handed on, in KFP's own store. Its cache of earlier runs is read there: keep it longer than they are apart.
+What KFP's steps handed on, in KFP's own store:
     aws s3api put-bucket-lifecycle-configuration --bucket mlpipeline --lifecycle-configuration '{json.dumps({"Rules": [rule]})}'"""
 
 

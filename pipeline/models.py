@@ -10,6 +10,7 @@ from pathlib import Path
 
 from components import registry, tracking
 from components.gate.step import Verdict, decide, identity
+from components.notify import notify
 from components.promote.step import promote as move
 from components.promote.step import require_unmoved
 from components.promote.step import rollback as back
@@ -111,7 +112,9 @@ def promote(
     require_unmoved(found, verdict, champion)
     if dry_run:
         return True, f"{what} would be champion: {verdict.reason}"
-    return True, f"{move(found, verdict, reason)}: {verdict.reason}"
+    said = f"{move(found, verdict, reason)}: {verdict.reason}"
+    notify(said)
+    return True, said
 
 
 @registry.asked_by_a_person()
@@ -119,7 +122,9 @@ def rollback(model: str, *, workspace: Workspace) -> str:
     """Make the version before the champion champion again; returns what happened. Raises `FFNError` where there is none."""
     os.environ.update(workspace.environment())
     registry.require_model(model, registry.models())
-    return back(model)
+    said = back(model)
+    notify(said)
+    return said
 
 
 def commit(text: str) -> str:

@@ -89,7 +89,9 @@ def train(settings: Settings, *, name: str, account: str, executor: Json | None 
 
 def ingest(settings: Settings, *, name: str, account: str, executor: Json | None = None) -> Json:
     """The pod of a light step, the one that reads the recordings."""
-    made = _pod(settings, name=name, account=account, resources=_light(settings), claims=_recordings(settings))
+    made = _pod(
+        settings, name=name, account=account, resources=_light(settings), claims={**_recordings(settings), **_states(settings)}
+    )
     return _of_a_run(made, executor)
 
 

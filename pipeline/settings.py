@@ -54,13 +54,13 @@ class Settings:
     """
 
     image: str = IMAGE
-    """Image of the steps; by digest on a cluster, because KFP's cache does not see what a tag resolves to."""
+    """Image of the steps; by digest on a cluster, so that what ran can be told afterwards."""
     pull_secret: str = ""
     """Kubernetes Secret to pull the image with."""
     checkpoints: str = ""
-    """`s3://BUCKET/PREFIX` for the state of every epoch, or the folder where a volume is mounted; a cluster's have no default."""
+    """`s3://BUCKET/PREFIX`, or the folder where a volume is mounted, for states of trainings, sets and scores; a cluster's has no default."""
     checkpoints_claim: str = ""
-    """PersistentVolumeClaim (ReadWriteMany) mounted in that folder while training."""
+    """PersistentVolumeClaim (ReadWriteMany) mounted in that folder."""
     data: str = "/mnt/data"
     """Folder with recordings, read by ingest."""
     data_claim: str = ""
@@ -102,10 +102,13 @@ class Settings:
     promote: bool = False
     """Whether a run makes what its gate lets through champion itself, where the steps' account may; else a person does."""
     floor: float = Policy.floor
+    """Least top-1, a fraction, that the gate asks of a challenger, of a first version too."""
     margin: float = Policy.margin
+    """What its top-1 must be above the champion's; below zero what it may lose."""
     significance: float = Policy.significance
+    """A paired test that finds it worse with a p below this holds it, whatever the margin."""
     class_drop: float = Policy.class_drop
-    """The gate's `Policy`."""
+    """What the recall of a class may fall by; more, and significantly so, holds it."""
     local: bool = False
     """Compiled for this machine: no resources are asked for, and every step with an output worth keeping is cached."""
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from components import registry, say, step
 from components.gate.step import NONE, Verdict, identity
+from components.notify import notify
 from components.registry import CANDIDATE, DIGEST, REPLACES, ROLLED_BACK, Version
 from ffn.errors import FFNError
 
@@ -28,7 +29,9 @@ def run(*, model: str) -> None:
     verdict = Verdict.of(candidate)
     if not (verdict and verdict.promote):
         raise FFNError(f"{candidate.called}: no gate let it through; a new run asks the gate")
-    say(promote(candidate, verdict, verdict.reason))
+    said = promote(candidate, verdict, verdict.reason)
+    say(said)
+    notify(said)
 
 
 def promote(candidate: Version, verdict: Verdict, reason: str) -> str:

@@ -68,6 +68,8 @@ tolerations:
   - nvidia.com/gpu:NoSchedule
   - {{key: dedicated, value: ffn, effect: NoExecute}}
 parallelism: 2
+checkpoints: s3://ffn/states
+promote: true
 """
 """What `ENVIRONMENT` of the golden file says."""
 
@@ -197,6 +199,7 @@ def test_models_are_looked_for_where_a_person_reaches_mlflow(
 ) -> None:
     uri = os.environ.pop("MLFLOW_TRACKING_URI")
     store.create_registered_model("ffn-p")
+    store.create_model_version("ffn-p", tmp_path.as_uri())
     path = tmp_path / "c.yaml"
     path.write_text(f"mlflow: {{uri: 'http://mlflow.ffn:5000', ui: '{uri}'}}\ns3: {{endpoint: 'http://s3.ffn:9000'}}\nretries: 1\n")
     with applied(path, from_here=True):

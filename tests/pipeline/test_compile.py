@@ -14,7 +14,7 @@ from ffn.config import STREAMS, Policy
 from ffn.errors import FFNError
 from ffn.protocols import NTU_PROTOCOLS
 from pipeline.cli import main
-from pipeline.placement import HEAVY, lifetime, place, threads
+from pipeline.placement import HEAVY, STORES, lifetime, place, threads
 from pipeline.settings import Settings, Toleration, policy
 from pipeline.submit import load
 
@@ -188,7 +188,7 @@ def test_states_and_recordings_are_volumes_where_they_are_used(monkeypatch: pyte
     mounted = {
         (step, mount["mountPath"]) for step, executor, *_ in spec.tasks() for mount in spec.pods[executor].get("pvcMount", [])
     }
-    assert mounted == {("train", "/mnt/checkpoints"), ("ingest", "/mnt/data")}
+    assert mounted == {("ingest", "/mnt/data"), *((step, "/mnt/checkpoints") for step in STORES)}
     trained = [task["inputs"]["parameters"] for step, *_, task in spec.tasks() if step == "train"]
     given = {inputs["checkpoints"]["runtimeValue"]["constant"] for inputs in trained}
     assert given == {"/mnt/checkpoints"}
