@@ -102,9 +102,7 @@ def read(uri: str, pieces: Iterable[tuple[int, int]], file: Path, *, tag: str) -
             answer = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={begin}-{end - 1}")
             with contextlib.closing(answer["Body"]) as body, file.open("r+b") as target:
                 if answer["ETag"] != tag:
-                    raise FFNError(
-                        f"{uri}: changed since it was written; `ffn cluster submit --retry` begins a run that reads it anew"
-                    )
+                    raise FFNError(f"{uri}: changed since it was written; begin again with `ffn cluster submit --retry`")
                 target.seek(begin)
                 target.write(body.read())
 

@@ -58,7 +58,7 @@ class Settings:
     pull_secret: str = ""
     """Kubernetes Secret to pull the image with."""
     checkpoints: str = ""
-    """`s3://BUCKET/PREFIX`, or the folder where a volume is mounted, for states of trainings, sets and scores; a cluster's has no default."""
+    """`s3://BUCKET/PREFIX`, or the folder where a volume is mounted, for states, sets and scores; a cluster's has no default."""
     checkpoints_claim: str = ""
     """PersistentVolumeClaim (ReadWriteMany) mounted in that folder."""
     data: str = "/mnt/data"
