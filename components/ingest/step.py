@@ -21,7 +21,7 @@ def run(*, source: Path | str, source_version: str, space: str, store: str, data
     """
     if space not in get_args(Space):
         raise FFNError(f"space {space!r}: expected one of {', '.join(get_args(Space))}")
-    key = digest("ingest", source_version, space, code(*READS))
+    key = digest("ingest", str(source), source_version, space, code(*READS))  # a version is one of its source
     store = store.rstrip("/")
 
     def make(out: Path) -> dict[str, Any]:

@@ -149,6 +149,8 @@ def test_recordings_are_read_once_for_all_runs(
         assert ingest(raw, tmp_path / "2", store_at) == first
         with pytest.raises(AssertionError):
             ingest(raw, tmp_path / "3", store_at, version="2")  # other recordings
+        with pytest.raises(AssertionError):
+            ingest(tmp_path, tmp_path / "3", store_at)  # recordings elsewhere, of the same version by name
         patched.setattr(ingesting, "code", lambda *_: "another")
         with pytest.raises(AssertionError):
             ingest(raw, tmp_path / "4", store_at)  # another reader
