@@ -95,7 +95,7 @@ def test_killed_in_mid_epoch_then_taken_up_again(place: Laptop) -> None:
     first = place.start()
     until(first, r"^train \S+/j +epoch +1/4")
     training(first, "j").send_signal(signal.SIGKILL)
-    out, err = first.communicate(timeout=200)
+    out, err = first.communicate(timeout=500)
     assert first.returncode == 1
     assert re.search(r"^train \S+/j +failed after", out, re.MULTILINE)
     (line,) = err.splitlines()
@@ -106,7 +106,7 @@ def test_killed_in_mid_epoch_then_taken_up_again(place: Laptop) -> None:
     assert states[parent] == ["FAILED"]
 
     second = place.start()
-    out, err = second.communicate(timeout=200)
+    out, err = second.communicate(timeout=500)
     assert (second.returncode, err) == (0, "")
     killed = re.search(r"ffn: error: step train (\S+)/j", line)
     assert killed
@@ -167,7 +167,7 @@ def test_several_presets_are_compared_and_none_is_registered(
     process = place.start(
         "--presets", "S4,S0-2", "--seeds", "0,1", "--protocols", "ntu60-xsub", "--streams", "j", "--set", "training.epochs=1"
     )  # fmt: skip
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=500)
     assert (process.returncode, err) == (0, "")
     assert "train S4/ntu60-xsub/j/seed1 " in out
     states = statuses(place.client)
