@@ -55,6 +55,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     space = f"restricted-{suffix}"
     subprocess.run(["kubectl", "create", "namespace", space], check=True, capture_output=True)
     subprocess.run(["kubectl", "label", "namespace", space, "pod-security.kubernetes.io/enforce=restricted"], check=True)
+    made.before = made.elsewhere()
     try:
         yield made
     finally:

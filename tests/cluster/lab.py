@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
+from ffn.config import digest
 from pipeline.server import Json, Server, equals
 
 T = TypeVar("T")
@@ -38,6 +39,9 @@ SMALL = {
 }  # fmt: skip
 """Two cores run the whole of it; of three classes."""
 
+KINDS = ("serviceaccounts", "roles", "rolebindings", "networkpolicies", "resourcequotas", "limitranges", "configmaps", "secrets")
+"""What a namespace's owner sets up."""
+
 TINY = (
     "training.epochs=60", "training.batch_size=8", "model.width=16", "model.depths=1", "clip.frames=16", "clip.test_clips=1",
 )  # fmt: skip
@@ -55,6 +59,20 @@ class Lab:
     """The compiled pipeline."""
     made: list[str] = field(default_factory=list)
     """Schedules to end."""
+    before: dict[str, str] = field(default_factory=dict)
+    """What `elsewhere` said before the first run."""
+
+    def elsewhere(self) -> dict[str, str]:
+        """Object of another namespace, and every namespace's labels -> digest of what it says: none of it is a run's business."""
+        found = json.loads(self.kubectl("get", f"namespaces,{','.join(KINDS)}", "--all-namespaces", "-o", "json"))["items"]
+        said = {}
+        for item in found:
+            about = item["metadata"]
+            space = about.get("namespace", about["name"])
+            if item["kind"] == "Namespace" or space != self.namespace:
+                own = {key: value for key, value in item.items() if key not in ("metadata", "status")}
+                said[f"{space}/{item['kind']}/{about['name']}"] = digest(own, about.get("labels"))
+        return {name: what for name, what in said.items() if not name.startswith(f"restricted-{self.suffix}/")}
 
     @property
     def protocol(self) -> str:

@@ -64,6 +64,12 @@ def test_a_run_becomes_one_run_in_mlflow_and_a_champion(lab: Lab) -> None:
     assert lab.protocol in listed["description"]
 
 
+def test_a_run_touches_nothing_of_other_namespaces(lab: Lab) -> None:
+    """Nor the labels of its own; with `FFN_KFP_NAMESPACE` that is a profile's, else KFP's."""
+    assert lab.before
+    assert lab.elsewhere() == lab.before
+
+
 def test_every_pod_of_a_run_passes_the_restricted_standard(lab: Lab) -> None:
     run = first_line(lab.submit("first"))
     assert len(lab.pods(run)) > 15
