@@ -22,59 +22,64 @@ Rows = NDArray[np.int64]
 Note = Mapping[str, Any]
 """`set` (where it is), `size` and `tag` (an object's entity tag), `keypoints` (first byte, bytes), `facts` of the ingestion."""
 
-MAGIC = b"ARROW1"
-"""How a set begins; a note is JSON."""
-
 GAP = 2**18
 """Bytes between two wanted pieces that are fetched with them: a request costs about as much."""
 
 
 def found(store: str, key: str) -> Note | None:
     """The note of the set made from `key`, if `store` still holds both."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "note"
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(store, "data", f"{key}.json")
         if storage.remote(store):
-            if not storage.fetch(f"{store}/data/{key}.json", file):
-                return None
-        else:
-            file = Path(store) / "data" / f"{key}.json"
-        try:
-            note: Note = json.loads(file.read_text())
-            whole = _mark(note["set"]) == (note["size"], note["tag"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-    return note if whole else None
+            file = Path(scratch, file.name)
+            storage.fetch(f"{store}/data/{file.name}", file)
+        note = note_in(file)
+    return note if note and _mark(note["set"]) == (note["size"], note["tag"]) else None
 
 
 def keep(store: str, key: str, make: Callable[[Path], Mapping[str, Any]]) -> Note:
     """The set that `make` writes to the file it is given, kept as `key`; what `make` returns are the note's facts."""
-    uri = f"{store}/data/{key}.arrow"
+    uri, remote = f"{store}/data/{key}", storage.remote(store)
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "set" if storage.remote(store) else Path(uri)
+        root = Path(scratch if remote else store, "data")
+        root.mkdir(parents=True, exist_ok=True)
+        file, told = root / f"{key}.arrow", root / f"{key}.json"
         facts = make(file)
-        if storage.remote(store):
-            storage.publish(file, uri)
         keypoints = SkeletonSet.open(file).keypoints
-        size, tag = _mark(uri)
-        note = {"set": uri, "size": size, "tag": tag, "keypoints": [keypoints.offset, keypoints.nbytes], "facts": facts}  # type: ignore[attr-defined]
+        assert isinstance(keypoints, np.memmap)
+        if remote:
+            storage.publish(file, f"{uri}.arrow")
+        size, tag = _mark(f"{uri}.arrow")
+        where = [keypoints.offset, keypoints.nbytes]
+        note = {"set": f"{uri}.arrow", "size": size, "tag": tag, "keypoints": where, "facts": facts}
         # Last: what a kill cuts off before is made anew.
-        told = Path(f"{scratch if storage.remote(store) else store}/data/{key}.json")
-        told.parent.mkdir(parents=True, exist_ok=True)
         with publishing(told) as partial:
             partial.write_text(json.dumps(note))
-        if storage.remote(store):
-            storage.publish(told, f"{store}/data/{key}.json")
+        if remote:
+            storage.publish(told, f"{uri}.json")
     return note
+
+
+def note_in(file: Path) -> Note | None:
+    """The note that a file holds; None for a set and for whatever else is no note."""
+    try:
+        with file.open("rb") as content:
+            if content.read(1) != b"{":  # a set is larger than one reads to see that
+                return None
+        note = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return note if {"set", "size", "tag", "keypoints", "facts"} <= note.keys() else None
 
 
 @contextlib.contextmanager
 def opened(data: Path, wanted: Callable[[SkeletonSet], Rows] | None = None) -> Iterator[SkeletonSet]:
     """The set that the artifact `data` is or tells of, with the keypoints of the rows `wanted` (none: no row); others may be zeros.
 
-    `path` of the set is a file as long as the block lasts. Raises `FFNError` where the set is gone or was made anew meanwhile.
+    `path` of the set is a file as long as the block lasts. Raises `FFNError` where `data` is neither a set nor a note, and where
+    the set is gone or was made anew meanwhile.
     """
-    with data.open("rb") as file:
-        note = None if file.read(len(MAGIC)) == MAGIC else json.loads(data.read_text())
+    note = note_in(data)
     if note is None or not storage.remote(note["set"]):
         yield SkeletonSet.open(note["set"] if note else data)
         return
@@ -108,7 +113,7 @@ def pieces(data: SkeletonSet, rows: Rows, first: int) -> list[tuple[int, int]]:
 def _mark(place: str) -> tuple[int, str]:
     if storage.remote(place):
         return storage.mark(place) or (0, "")
-    return Path(place).stat().st_size, ""
+    return Path(place).stat().st_size if Path(place).is_file() else 0, ""
 
 
 def held_out(protocol: str) -> Callable[[SkeletonSet], Rows]:

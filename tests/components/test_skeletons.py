@@ -115,6 +115,21 @@ def test_a_set_that_is_gone_or_another_is_not_found_and_not_opened(
         pass
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"set": "s3://bucket/', b'{"x": 1}', b"[]", b"ARROW1", b"\xff\xfe{}", None], ids=repr
+)
+def test_what_is_neither_a_set_nor_a_note_is_one_line(content: bytes | None, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    if content is not None:
+        data.write_bytes(content)
+    with (
+        pytest.raises(FFNError, match=rf"^{data}: (not a skeleton set, or cut short|no such skeleton set)"),
+        skeletons.opened(data),
+    ):
+        pass
+    assert skeletons.note_in(data) is None
+
+
 def copied(data: SkeletonSet) -> Callable[[Path], dict[str, int]]:
     """Makes the set `data` at a path, and one fact of it."""
 
